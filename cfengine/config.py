@@ -1,0 +1,193 @@
+"""Configuration: frozen dataclasses, presets as values, every derived size in one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cfengine.errors import ConfigError
+
+POLICIES = ("slow_fast", "slow_fast_paper", "fifo", "sink_window", "relative_window", "uniform")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a causal Wan 2.1 DiT (defaults: Wan2.1-T2V-1.3B, `Wan2.1/wan/configs/wan_t2v_1_3B.py`)."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    heads: int = 12
+    layers: int = 30
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ConfigError(f"dim {self.dim} does not divide into {self.heads} heads; choose heads that divide dim")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions need pairs, choose an even head size")
+        if self.patch[0] != 1:
+            raise ConfigError(f"patch {self.patch} spans {self.patch[0]} latent frames; only 1 is supported")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a layer remembers, in latent frames (paper section 3.3; defaults: the released configuration).
+
+    `slots` pages are attended to at most, the chunk in flight included. `fast` counts the chunk in flight.
+    """
+
+    policy: str = "slow_fast"
+    sink: int = 3
+    slow: int = 12
+    fast: int = 6
+    chunk_frames: int = 3
+    rope_length: int = 21
+    keep: int = 1  # frames of a chunk that a promotion stores
+    threshold: float = 0.95
+    interval: int = 0  # policy `uniform`: promote when first frame of chunk % interval == 0
+    slots_override: int | None = None  # cache size where it differs from sink + slow + fast
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"unknown policy {self.policy!r}; choose one of {', '.join(POLICIES)}")
+        if self.chunk_frames < 1:
+            raise ConfigError(f"chunk_frames is {self.chunk_frames}; it must be at least 1")
+        if self.slots < self.chunk_frames:
+            raise ConfigError(f"{self.slots} slots cannot hold a chunk of {self.chunk_frames} frames; enlarge the memory")
+        if self.policy.startswith("slow_fast") or self.policy == "uniform":
+            if self.fast < self.chunk_frames:
+                raise ConfigError(
+                    f"fast memory of {self.fast} frames cannot hold a chunk of {self.chunk_frames}; "
+                    "set MemoryConfig.fast to at least chunk_frames"
+                )
+        if self.policy == "uniform" and self.interval < 1:
+            raise ConfigError("policy 'uniform' needs MemoryConfig.interval >= 1, the distance in latent frames between kept frames")
+
+    @property
+    def slots(self) -> int:
+        return self.slots_override or self.sink + self.slow + self.fast
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Few-step flow matching: `steps` are indices counted from the noisy end of a schedule of 1,000, warped by `shift`."""
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Pixels and their clock. The first latent frame of a stream decodes to 1 video frame, each later one to `temporal_stride`."""
+
+    width: int = 832
+    height: int = 480
+    fps: int = 16
+    spatial_stride: int = 8
+    temporal_stride: int = 4
+
+    def __post_init__(self) -> None:
+        unit = 2 * self.spatial_stride
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value < unit or value % unit:
+                raise ConfigError(f"{name} {value} is not a multiple of {unit} (codec stride {self.spatial_stride} x patch 2)")
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // self.spatial_stride
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // self.spatial_stride
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine is built from; presets are values of this class."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    codec: str = "wan_vae"  # tiny_world | wan_vae | taehv
+    text: str = "umt5"  # tiny_world | umt5
+    dit_source: str = ""  # hub id or path of the DiT weights
+    base_source: str = ""  # hub id or path of text encoder and VAE
+    kernels: tuple[tuple[str, str], ...] = ()  # (op, implementation) choices that override the automatic one
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame."""
+        _, ph, pw = self.model.patch
+        return self.video.latent_height // ph, self.video.latent_width // pw
+
+    @property
+    def page_tokens(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+
+def cache_dir() -> Path:
+    """Folder for prompt embeddings and measurements: $CFENGINE_CACHE_DIR, else ~/.cache/cfengine."""
+    return Path(os.environ.get("CFENGINE_CACHE_DIR") or Path.home() / ".cache" / "cfengine")
+
+
+_WAN = "Wan-AI/Wan2.1-T2V-1.3B"
+
+TINY_MODEL = ModelConfig(dim=192, ffn_dim=768, heads=6, layers=6, text_dim=64, text_len=16, freq_dim=64)
+
+PRESETS: dict[str, EngineConfig] = {
+    preset.name: preset
+    for preset in (
+        EngineConfig(
+            name="tiny-world",
+            model=TINY_MODEL,
+            memory=MemoryConfig(policy="slow_fast_paper"),
+            video=VideoConfig(width=96, height=64),
+            codec="tiny_world",
+            text="tiny_world",
+        ),
+        EngineConfig(name="context-forcing", dit_source="ShuoChen20/context_forcing", base_source=_WAN),
+        EngineConfig(
+            name="self-forcing",
+            memory=MemoryConfig(policy="fifo", sink=0, slow=0, fast=21),
+            dit_source="gdhe17/Self-Forcing",
+            base_source=_WAN,
+        ),
+        EngineConfig(
+            name="longlive",
+            memory=MemoryConfig(policy="sink_window", sink=3, slow=0, fast=9),
+            dit_source="Efficient-Large-Model/LongLive-1.3B",
+            base_source=_WAN,
+        ),
+        EngineConfig(
+            name="infinity-rope",
+            memory=MemoryConfig(policy="relative_window", sink=1, slow=0, fast=20),
+            dit_source="gdhe17/Self-Forcing",
+            base_source=_WAN,
+        ),
+        EngineConfig(name="wan2.1-t2v-1.3b", dit_source=_WAN, base_source=_WAN),
+    )
+}
+
+
+def preset(name: str) -> EngineConfig:
+    """Return the preset called `name`; ConfigError lists the known ones."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}") from None

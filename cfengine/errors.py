@@ -1,0 +1,25 @@
+"""Errors that a user can act on: each message names the thing, what was found, what was expected, and the remedy."""
+
+
+class CFEngineError(Exception):
+    """Base of every error that cfengine raises on purpose; the command line prints it as one sentence."""
+
+
+class ConfigError(CFEngineError):
+    """A size, preset, policy or option that cannot work."""
+
+
+class PromptError(CFEngineError):
+    """A prompt that is empty or longer than the text encoder takes."""
+
+
+class CheckpointError(CFEngineError):
+    """A weight file that is missing, corrupt, or whose keys or shapes do not fit the model."""
+
+
+class OutputError(CFEngineError):
+    """A place that cannot be written to."""
+
+
+class KernelError(CFEngineError):
+    """An implementation that is not built, or operands that it cannot take."""

@@ -1,0 +1,39 @@
+"""Attention of a chunk over the pages of a table, temporal rotation on the query side."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rope import axis_frequencies, axis_pairs, rotate
+
+
+def paged_attention(q, k_pages, v_pages, page_ids, positions, count, q_positions, *, theta: float = 10000.0):
+    """softmax(R_{t_q - t_k} q . k / sqrt(head_dim)) v, over the first `count` slots of a table.
+
+    Pages hold keys rotated by row and column only. Rotations of time, rows and columns act on disjoint channels and
+    commute, and a score sees only the difference of temporal positions, so turning the query by t_q - t_k equals
+    rotary positions on both sides (RoFormer, arXiv 2104.09864), and a page never changes when its position does.
+
+    q: (tokens, heads, head_dim), normed, rotated by row and column; frame-major, tokens = chunk_frames * page_tokens
+    k_pages, v_pages: (pages, page_tokens, heads, head_dim), any strides with a unit last one
+    page_ids, positions: (slots,) int32      count: (1,) int32, slots attended      q_positions: (chunk_frames,) int32
+    -> (tokens, heads, head_dim) in q's type; sums in float32 (float64 for float64 input)
+    """
+    tokens, heads, head_dim = q.shape
+    frames = q_positions.shape[0]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    valid = int(count)
+    ids = page_ids[:valid].long()
+    time_pairs = axis_pairs(head_dim)[0]
+    rate = axis_frequencies(time_pairs, theta).to(q.device)
+    query = q.view(frames, tokens // frames, heads, head_dim)
+    scores = []
+    for slot in range(valid):
+        delta = (q_positions - positions[slot]).to(torch.float64)
+        angle = delta[:, None, None, None] * rate
+        turned = rotate(query, angle, 0).reshape(tokens, heads, head_dim)
+        keys = k_pages[ids[slot]]
+        scores.append(torch.einsum("qhd,khd->hqk", turned.to(wide), keys.to(wide)))
+    weight = torch.softmax(torch.cat(scores, dim=-1) * head_dim**-0.5, dim=-1)
+    values = v_pages[ids].flatten(0, 1).to(wide)
+    return torch.einsum("hqk,khd->qhd", weight, values).to(q.dtype)
