@@ -279,7 +279,7 @@ class ReferenceMethod:
         return torch.arange(query, query + frames), keys
 
     def rotate(self, x, positions):
-        """Rotary positions on all axes in complex128.  x: (frames * page_tokens, heads, head_dim)   positions: (frames,)"""
+        """Rotate on all axes in complex128.  x: (frames * page_tokens, heads, head_dim)      positions: (frames,)"""
         rows, columns = self.grid
         time, row, column = self.table
         shape = (positions.shape[0], rows, columns, -1)
