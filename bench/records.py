@@ -1,0 +1,58 @@
+"""Benchmark records: the JSON that every bench writes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from cfengine.errors import OutputError
+
+
+def device_name() -> str:
+    """Name the machine: the GPU that torch would use, else the processor and its core count."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Return the commit of the checkout that holds this file, `-dirty` appended where it differs, or `unknown`."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def record(name: str, value: float | None, unit: str, baseline=None, ratio: float | None = None, config=None) -> dict:
+    """Return one measurement; `baseline` names what `ratio` compares with, `config` says shapes and types."""
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "baseline": baseline,
+        "ratio": ratio,
+        "config": config,
+        "device": device_name(),
+        "commit": commit(),
+    }
+
+
+def write(path: str | Path, records: list[dict]) -> None:
+    """Write records as one JSON list; OutputError where the place cannot be written to."""
+    path = Path(path)
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"folder {path.resolve().parent} does not exist; make it first, or give another path than {path}")
+    try:
+        path.write_text(json.dumps(records, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; give a path that can be written to") from None

@@ -1,0 +1,23 @@
+// The Python module cfengine._C: one register_<op> line per operation. Pointers, sizes and strides only, no torch type.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "check.h"
+#include "isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of cfengine behind raw pointers";
+    py::register_local_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const cf::Error& error) {
+            const py::object type = py::module_::import("cfengine.errors").attr("KernelError");
+            PyErr_SetString(type.ptr(), error.what());
+        }
+    });
+    m.def("isa", &cf::level_name, "Name of the instruction set in force.");
+    m.def("set_isa", &cf::set_level, py::arg("name"), "Force an instruction set (for tests).");
+    m.def("isas", &cf::usable_levels, "Instruction sets that are built and run here, worst first.");
+}
