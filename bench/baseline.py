@@ -9,6 +9,7 @@ Nothing else is slow on purpose: `bench.cpu` prints its time over the time of it
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from cfengine.config import MemoryConfig, ModelConfig, SamplerConfig
 from cfengine.errors import ConfigError
 
 TRAIN_STEPS = 1000  # length of the schedule that SamplerConfig.steps index
+RANGES = ("rotate", "text", "promote", "store")  # methods that `watched` shows to torch.profiler
 ROPE_ROWS = 1024  # positions in the rotary table
 
 
@@ -124,6 +126,22 @@ class ReferenceMethod:
             )
             for _ in range(self.model.layers)
         ]
+
+    def copy_state(self, other: ReferenceMethod) -> None:
+        """Take over the caches of another run of the same video, cast to this run's type."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name, value in vars(copy.deepcopy(theirs)).items():
+                setattr(mine, name, value)
+            mine.k, mine.v, mine.last_key = (t.to(self.dtype) for t in (mine.k, mine.v, mine.last_key))
+            mine.cross = tuple(t.to(self.dtype) for t in mine.cross)
+
+    def watched(self) -> ReferenceMethod:
+        """A twin over copies of the caches whose RANGES show up by name in torch.profiler."""
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers)
+        for name in RANGES:
+            setattr(twin, name, torch.profiler.record_function(name)(getattr(twin, name)))
+        return twin
 
     def chunk(self, noise, renoise, prompt, start, trace=None):
         """Denoise one chunk, then run its clean pass.
