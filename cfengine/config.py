@@ -64,6 +64,8 @@ class MemoryConfig:
             raise ConfigError(f"unknown policy {self.policy!r}; choose one of {', '.join(POLICIES)}")
         if self.chunk_frames < 1:
             raise ConfigError(f"chunk_frames is {self.chunk_frames}; it must be at least 1")
+        if not 0 <= self.keep <= self.chunk_frames:
+            raise ConfigError(f"keep is {self.keep}; a promotion stores between 0 and chunk_frames = {self.chunk_frames} frames")
         if self.slots < self.chunk_frames:
             raise ConfigError(f"{self.slots} slots cannot hold a chunk of {self.chunk_frames} frames; enlarge the memory")
         if self.policy.startswith("slow_fast") or self.policy == "uniform":
@@ -86,6 +88,8 @@ class SamplerConfig:
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
+    warp: bool = True  # False takes the steps as timesteps
+    context_timestep: float = 0.0  # of the clean pass
 
 
 @dataclass(frozen=True)

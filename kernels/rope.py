@@ -41,10 +41,11 @@ def rotate(x: torch.Tensor, angle: torch.Tensor, first_pair: int) -> torch.Tenso
     Computed in float32 (float64 for float64 input) and cast back to x's type.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pairs = x.to(wide).unflatten(-1, (-1, 2)).clone()
-    span = slice(first_pair, first_pair + angle.shape[-1])
-    even, odd = pairs[..., span, 0].clone(), pairs[..., span, 1].clone()
     cosine, sine = angle.cos().to(wide), angle.sin().to(wide)
-    pairs[..., span, 0] = even * cosine - odd * sine
-    pairs[..., span, 1] = even * sine + odd * cosine
-    return pairs.flatten(-2).to(x.dtype)
+    pairs = x.to(wide).unflatten(-1, (-1, 2))
+    span = slice(first_pair, first_pair + angle.shape[-1])
+    even, odd = pairs[..., span, 0], pairs[..., span, 1]
+    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+    shape = (*turned.shape[:-2], -1, 2)
+    parts = [pairs[..., : span.start, :].expand(shape), turned, pairs[..., span.stop :, :].expand(shape)]
+    return torch.cat(parts, dim=-2).flatten(-2).to(x.dtype)

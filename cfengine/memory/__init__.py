@@ -1,0 +1,1 @@
+"""What a session remembers: pages hold bytes, policies decide which page sits where."""

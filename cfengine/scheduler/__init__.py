@@ -1,0 +1,1 @@
+"""Passes of a chunk, the sampler between them, and pacing."""

@@ -1,0 +1,1 @@
+"""Replay of golden traces through the engine's own parts."""

@@ -27,13 +27,9 @@ def paged_attention(q, k_pages, v_pages, page_ids, positions, count, q_positions
     time_pairs = axis_pairs(head_dim)[0]
     rate = axis_frequencies(time_pairs, theta).to(q.device)
     query = q.view(frames, tokens // frames, heads, head_dim)
-    scores = []
-    for slot in range(valid):
-        delta = (q_positions - positions[slot]).to(torch.float64)
-        angle = delta[:, None, None, None] * rate
-        turned = rotate(query, angle, 0).reshape(tokens, heads, head_dim)
-        keys = k_pages[ids[slot]]
-        scores.append(torch.einsum("qhd,khd->hqk", turned.to(wide), keys.to(wide)))
-    weight = torch.softmax(torch.cat(scores, dim=-1) * head_dim**-0.5, dim=-1)
+    delta = q_positions[None].to(torch.float64) - positions[:valid, None].to(torch.float64)  # (slots, frames)
+    turned = rotate(query[None], delta[:, :, None, None, None] * rate, 0).flatten(1, 2).to(wide)
+    scores = torch.einsum("sqhd,skhd->hqsk", turned, k_pages[ids].to(wide)).flatten(2)
+    weight = torch.softmax(scores * head_dim**-0.5, dim=-1)
     values = v_pages[ids].flatten(0, 1).to(wide)
     return torch.einsum("hqk,khd->qhd", weight, values).to(q.dtype)

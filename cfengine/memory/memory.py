@@ -1,0 +1,45 @@
+"""A session's memory: pages, tables and rule, and the attention that reads them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cfengine.config import EngineConfig
+from cfengine.memory.pages import PagePool, Tables
+from cfengine.memory.policies import Pass, make_policy
+from cfengine.ops import Ops
+
+
+class Memory:
+    """A session's pages, tables and rule, and the attention that reads them."""
+
+    def __init__(self, config: EngineConfig, ops: Ops, dtype, device="cpu") -> None:
+        self.pool = PagePool(config, dtype, device)
+        self.tables = Tables(config, device)
+        self.policy = make_policy(config.memory, ops)
+        self.ops = ops
+        self.sink = 0 if config.memory.policy == "fifo" else config.memory.sink
+        self.grid, self.eps, self.theta = config.grid, config.model.eps, config.model.theta
+
+    @property
+    def bytes(self) -> int:
+        """Size of keys and values, fixed for the life of the session."""
+        return self.pool.bytes
+
+    def attend(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor], step: Pass) -> Tensor | None:
+        """Write the chunk's pages, let the rule move ids, attend.
+
+        q, k, v: (tokens, dim) before norms; q None leaves the pages up to date and attends to nothing
+        -> (tokens, heads, head_dim) or None
+        """
+        table = self.tables.layers[layer]
+        k_pages, v_pages = self.pool.k[layer], self.pool.v[layer]
+        query, key_mean = self.ops.qk_norm_rope_store(
+            q, k, v, *norms, k_pages, v_pages, table.spare_ids, self.grid, eps=self.eps, theta=self.theta
+        )
+        self.policy.update(self.tables, layer, key_mean, step)
+        if query is None:
+            return None
+        return self.ops.paged_attention(
+            query, k_pages, v_pages, table.page_ids, table.positions, table.count, table.q_positions, theta=self.theta
+        )

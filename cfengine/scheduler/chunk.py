@@ -1,0 +1,69 @@
+"""The passes of one chunk: denoise, hand over, clean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cfengine.memory.memory import Memory
+from cfengine.memory.policies import Pass
+from cfengine.model.dit import CausalDiT, CrossCache, Modulation
+from cfengine.scheduler.sampler import Schedule, flow_to_x0, renoise
+from cfengine.segments.torch import TorchSegments
+from cfengine.segments.walk import walk
+
+
+class ChunkScheduler:
+    """Runs the passes of chunks for any session; modulations are computed once per timestep."""
+
+    def __init__(self, model: CausalDiT, segments: TorchSegments, schedule: Schedule) -> None:
+        self.model, self.segments, self.schedule = model, segments, schedule
+        self._modulations: dict[float, Modulation] = {}
+
+    def modulation(self, timestep: float) -> Modulation:
+        if timestep not in self._modulations:
+            self._modulations[timestep] = self.model.modulate(timestep)
+        return self._modulations[timestep]
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        memory: Memory,
+        cross: list[CrossCache],
+        start_frame: int,
+        noise: Callable[[int], Tensor],
+        *,
+        cut: bool = False,
+        observe: Callable[[int, float, Tensor, Tensor], None] | None = None,
+        trace=None,
+    ) -> Tensor:
+        """Noise to x0 in as many passes as the schedule has steps.
+
+        noise(i): (frames, channels, height, width) float32, i = 0 for the start, then one for each re-noising
+        observe(pass, timestep, flow, x0) sees every pass      -> x0 (frames, channels, height, width) float32
+        """
+        schedule = self.schedule
+        step = Pass(start_frame, cut=cut)
+        x = noise(0)
+        for i, timestep in enumerate(schedule.warped):
+            flow = walk(self.segments, memory, x, step, self.modulation(timestep), cross, observe=trace)
+            x0 = flow_to_x0(x, flow, schedule.sigma(timestep))
+            if observe:
+                observe(i, timestep, flow, x0)
+            if i + 1 < len(schedule.warped):
+                x = renoise(x0, noise(i + 1), schedule.sigma(schedule.warped[i + 1]))
+        return x0
+
+    @torch.inference_mode()
+    def clean_pass(
+        self, memory: Memory, cross: list[CrossCache], start_frame: int, x0: Tensor, *, cut: bool = False, full: bool = False, trace=None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Turn x0 into context: a pass at the context timestep (0) whose keys and values stay.
+
+        It stops at the last block's keys and values; full=True runs to the end and returns (flow, its x0), for replay.
+        """
+        step, timestep = Pass(start_frame, clean=True, cut=cut), self.schedule.context_timestep
+        flow = walk(self.segments, memory, x0, step, self.modulation(timestep), cross, full=full, observe=trace)
+        return None if flow is None else (flow, flow_to_x0(x0, flow, self.schedule.sigma(timestep)))

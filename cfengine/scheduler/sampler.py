@@ -1,0 +1,62 @@
+"""Few-step flow matching: schedule, x0 prediction, re-noising, and noise that depends on where it is used.
+
+The schedule has 1,000 entries, sigma_i = shift u / (1 + (shift - 1) u) with u = 1 - i / 1000, in float32; steps count
+from its noisy end (Self-Forcing, `utils/scheduler.py` and `pipeline/causal_inference.py`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfengine.config import SamplerConfig
+from cfengine.errors import ConfigError
+
+LENGTH = 1000
+
+
+class Schedule:
+    """Timesteps and noise levels of the passes of a chunk.
+
+    sigmas, timesteps: (1000,) float32      warped: the timesteps at which a chunk is denoised
+    """
+
+    def __init__(self, config: SamplerConfig) -> None:
+        bad = [step for step in config.steps if not 0 < step <= LENGTH]
+        if bad or not config.steps:
+            raise ConfigError(f"sampler step {bad[0] if bad else 'list'} is outside 1..{LENGTH}; set SamplerConfig.steps")
+        u = torch.linspace(1.0, 0.0, LENGTH + 1)[:-1]
+        self.sigmas = config.shift * u / (1 + (config.shift - 1) * u)
+        self.timesteps = self.sigmas * LENGTH
+        self.warped = [float(self.timesteps[LENGTH - step]) if config.warp else float(step) for step in config.steps]
+        self.context_timestep = config.context_timestep
+
+    def sigma(self, timestep: float) -> float:
+        """Noise level of the nearest timestep."""
+        return float(self.sigmas[(self.timesteps - timestep).abs().argmin()])
+
+
+def flow_to_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
+    """x0 = x - sigma * flow, computed in float64, in x's type."""
+    return (x.double() - sigma * flow.double()).to(x.dtype)
+
+
+def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """(1 - sigma) x0 + sigma noise"""
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def counter_noise(seed: int, frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise as a function of (seed, latent frame, step) alone; float32.
+
+    Philox (Salmon et al., SC 2011) keyed by the seed, counted from (frame, step): what was streamed before does not
+    matter, and two sessions with the same seed see the same noise.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, frame, step]))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+
+def chunk_noise(seed: int, first_frame: int, frames: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise of the frames of a chunk: (frames, *shape)."""
+    return torch.stack([counter_noise(seed, first_frame + i, step, shape) for i in range(frames)])

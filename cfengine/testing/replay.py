@@ -1,0 +1,341 @@
+"""Drive golden traces through the engine's own policies, model and operations, and report every difference.
+
+    python -m cfengine.testing.replay FILE_OR_DIR... [--impl reference|cpu|triton|cuda]
+
+Exit code 0: within tolerance.  1: a tensor, table, action or counter differs.  2: a trace that cannot be read, or an
+implementation that is not built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfengine.errors import CFEngineError
+from cfengine.kernels.rope import axis_pairs, rotate, spatial_table
+from cfengine.kernels.slow_fast_update.reference import ACTIONS
+from cfengine.memory.memory import Memory
+from cfengine.memory.policies import Pass, Window
+from cfengine.model.dit import Attention, CausalDiT
+from cfengine.ops import Ops, select
+from cfengine.scheduler.chunk import ChunkScheduler
+from cfengine.scheduler.sampler import Schedule
+from cfengine.scheduler.scenes import parse_scenes
+from cfengine.segments.torch import TorchSegments
+from cfengine.testing.traces import Trace, TraceError, dit_config, load_trace, memory_config
+
+# The traces and the engine both compute in float32 with different summation orders; a float64 replay of the traces
+# differs by less than 1e-6, and wrong rules by more than 1e-2, so 1e-4 separates rounding from mistakes.
+TOLERANCE = 1e-4
+SIMILARITY_TOLERANCE = 1e-4
+
+
+class Report:
+    """Largest relative error per tensor, and every mismatch of a table, action or counter."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, float] = {}
+        self.mismatches: list[str] = []
+
+    def tensor(self, name: str, got: Tensor, expected: Tensor, scale: float | None = None) -> None:
+        """Record max|got - expected| / max|expected|; `scale` replaces the denominator (for parts of a tensor)."""
+        if got.shape != expected.shape:
+            self.mismatches.append(f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+            return
+        difference = (got.double() - expected.double()).abs().max().item()
+        scale = scale if scale is not None else expected.double().abs().max().item()
+        error = difference / scale if scale else difference
+        self.errors[name] = max(self.errors.get(name, 0.0), error if math.isfinite(error) else math.inf)
+
+    def equal(self, where: str, got: object, expected: object) -> None:
+        if got != expected:
+            self.mismatches.append(f"{where}: {got}, expected {expected}")
+
+    def similarity(self, where: str, got: float, expected: float | None) -> None:
+        if expected is None or math.isnan(got):
+            self.equal(f"{where} sim", None if math.isnan(got) else got, expected)
+            return
+        error = abs(got - expected)
+        self.errors["sim"] = max(self.errors.get("sim", 0.0), error)
+        if error > SIMILARITY_TOLERANCE:
+            self.mismatches.append(f"{where} sim: {got:.6f}, expected {expected:.6f}")
+
+    @property
+    def worst(self) -> tuple[float, str]:
+        return max(((error, name) for name, error in self.errors.items()), default=(0.0, "-"))
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.mismatches) or self.worst[0] > TOLERANCE
+
+
+def check_table(report: Report, where: str, memory: Memory, layer: int, page_tokens: int, expected: dict) -> None:
+    """Hold a layer's table after a pass against the recorded fields that are present."""
+    table = memory.tables.layers[layer]
+    end, sink = int(table.count), memory.sink
+    keyframe, already, can_fill, action, shifted = table.decision.tolist()
+    fields = {
+        "local_end_index": end * page_tokens,
+        "global_end_index": int(table.seen) * page_tokens,
+        "is_keyframe": bool(keyframe),
+        "already_added": bool(already),
+        "can_fill": bool(can_fill),
+        "action": ACTIONS[action],
+        "local_roll": bool(shifted),
+        "dynamic_context_tokens": int(table.promoted) * page_tokens,
+        "token_source_frame": table.sources.tolist(),
+        "q_start": int(table.q_positions[0]),
+        "k_start": int(table.positions[sink]) if end > sink else -1,
+        "sink_frames": min(sink, end),
+        "attn_frames": end,
+    }
+    for name, value in fields.items():
+        if name in expected:
+            report.equal(f"{where} {name}", value, expected[name])
+    if "sim" in expected:
+        report.similarity(where, float(table.similarity), expected["sim"])
+
+
+def slot_norms(memory: Memory, layer: int) -> tuple[Tensor, Tensor]:
+    """L2 norms of what each slot shows: keys, values, (slots,) each; rotations do not change them."""
+    ids = memory.tables.layers[layer].page_ids.long()
+    return memory.pool.k[layer, ids].flatten(1).norm(dim=1), memory.pool.v[layer, ids].flatten(1).norm(dim=1)
+
+
+def raw_keys(memory: Memory, layer: int) -> Tensor:
+    """Keys of every slot with the spatial rotation undone: (slots * page_tokens, heads, head_dim)."""
+    ids = memory.tables.layers[layer].page_ids.long()
+    pages = memory.pool.k[layer, ids]
+    head_dim = pages.shape[-1]
+    table = spatial_table(*memory.grid, head_dim, memory.theta)
+    angle = -torch.atan2(table[..., 1].double(), table[..., 0].double())[:, None]
+    return rotate(pages, angle, axis_pairs(head_dim)[0]).flatten(0, 1)
+
+
+@torch.inference_mode()
+def replay_memory(trace: Trace, ops: Ops) -> Report:
+    """One self-attention module: projections, memory, output projection, pass by pass."""
+    config, report = memory_config(trace), Report()
+    module = Attention(config.model)
+    state = {name.removeprefix("self_attn."): t for name, t in trace.tensors.items() if name.startswith("self_attn.")}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise TraceError(f"{trace.path}: weights do not fit: {error}") from error
+    memory = Memory(config, ops, torch.float32)
+    norms = (module.norm_q.weight, module.norm_k.weight)
+    inputs, steps = trace.tensor("x"), trace.value("steps")
+    if len(steps) != len(inputs):
+        raise TraceError(f"{trace.path}: {len(inputs)} inputs but {len(steps)} steps")
+    frames = config.memory.chunk_frames
+    last_pass = trace.meta.get("passes_per_chunk", 5) - 1
+    scales = {name: trace.tensor(name).abs().max().item() for name in ("y", "k_repr", "slot_k_norm", "slot_v_norm")}
+    for i, (x, expected) in enumerate(zip(inputs, steps, strict=True)):
+        if x.shape != (frames * config.page_tokens, config.model.dim):
+            raise TraceError(f"{trace.path}: x[{i}] is {tuple(x.shape)}, expected {(frames * config.page_tokens, config.model.dim)}")
+        step = Pass(expected["start_frame"], clean=expected["pass"] == last_pass)
+        attended = memory.attend(0, module.q(x), module.k(x), module.v(x), norms, step)
+        results = {"y": module.o(attended.flatten(-2)), "k_repr": memory.tables.layers[0].last_key}
+        results["slot_k_norm"], results["slot_v_norm"] = slot_norms(memory, 0)
+        for name, got in results.items():
+            report.tensor(name, got, trace.tensor(name)[i], scales[name])
+        check_table(report, f"pass {i}", memory, 0, config.page_tokens, expected)
+    ids = memory.tables.layers[0].page_ids.long()
+    report.tensor("final_k", raw_keys(memory, 0), trace.tensor("final_k"))
+    report.tensor("final_v", memory.pool.v[0, ids].flatten(0, 1), trace.tensor("final_v"))
+    return report
+
+
+def live_rows(embeds: Tensor) -> Tensor:
+    """A padded prompt embedding without its zero rows at the end (at least one row stays)."""
+    used = (embeds != 0).any(dim=-1).nonzero()
+    return embeds[: int(used[-1]) + 1 if len(used) else 1]
+
+
+class _DitReplay:
+    """A whole model and its sampler against a trace."""
+
+    def __init__(self, trace: Trace, ops: Ops) -> None:
+        self.trace, self.config, self.report = trace, dit_config(trace), Report()
+        config = self.config
+        self.model = CausalDiT(config.model)
+        state = {name.removeprefix("model."): t for name, t in trace.tensors.items() if name.startswith("model.")}
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise TraceError(f"{trace.path}: weights do not fit: {error}") from error
+        self.model.prepare()
+        segments = TorchSegments(self.model, ops, config.grid)
+        schedule = Schedule(config.sampler)
+        self.scheduler = ChunkScheduler(self.model, segments, schedule)
+        self.memory = Memory(config, ops, torch.float32)
+        self.passes = len(schedule.warped) + 1
+        if "warped_steps" in trace.meta:
+            self.report.tensor("warped_steps", torch.tensor(schedule.warped), torch.tensor(trace.meta["warped_steps"]))
+        self.scales = {
+            name: trace.tensor(name).abs().max().item() for name in ("out.flow_pred", "out.x0", "out.latents", "dbg.slot_norms")
+        }
+
+    def part(self, name: str, index: int | slice, got: Tensor) -> None:
+        self.report.tensor(name, got, self.trace.tensor(name)[index], self.scales[name])
+
+    def watcher(self, index: int):
+        """Compare what pass `index` shows on the way with the recorded intermediate results."""
+        prefix, trace = f"dbg.{index:03d}.", self.trace
+
+        def observe(name: str, value: Tensor) -> None:
+            if name.endswith(".attended"):
+                layer = int(name.removeprefix("layer").removesuffix(".attended"))
+                norms = torch.stack(slot_norms(self.memory, layer))
+                expected = trace.tensor("dbg.slot_norms")[index, layer]
+                self.report.tensor("dbg.slot_norms", norms, expected, self.scales["dbg.slot_norms"])
+                return
+            if prefix + name in trace.tensors:
+                expected = trace.tensors[prefix + name]
+                if name == "patch_embedding":
+                    expected = expected.flatten(1).T
+                self.report.tensor(prefix + name, value, expected)
+
+        return observe
+
+    def check_embeddings(self, index: int, timestep: float, embeds: Tensor) -> None:
+        prefix, model = f"dbg.{index:03d}.", self.model
+        e = model.embed_time(timestep)
+        text = model.text_embedding(embeds)
+        for name, got in (("time_embedding", e), ("time_projection", model.project_time(e).flatten()), ("text_embedding", text)):
+            if prefix + name in self.trace.tensors:
+                self.report.tensor(prefix + name, got, self.trace.tensors[prefix + name])
+
+    def check_pass(self, index: int) -> None:
+        expected = self.trace.value("steps")[index]
+        for layer, fields in enumerate(expected["layers"]):
+            check_table(self.report, f"pass {index} layer {layer}", self.memory, layer, self.config.page_tokens, fields)
+
+    def chunk(self, number: int, cross, embeds: Tensor, cut: bool) -> None:
+        """All passes of one chunk."""
+        frames, first_pass = self.config.memory.chunk_frames, number * self.passes
+        start = number * frames
+        noise, renoise = self.trace.tensor("in.noise"), self.trace.tensor("in.renoise")
+        current = first_pass
+
+        def trace_pass(name: str, value: Tensor) -> None:
+            self.watcher(current)(name, value)
+
+        def after_pass(i: int, timestep: float, flow: Tensor, x0: Tensor) -> None:
+            nonlocal current
+            self.part("out.flow_pred", first_pass + i, flow)
+            self.part("out.x0", first_pass + i, x0)
+            self.check_pass(first_pass + i)
+            self.check_embeddings(first_pass + i, timestep, embeds)
+            current = first_pass + i + 1
+
+        x0 = self.scheduler.denoise(
+            self.memory,
+            cross,
+            start,
+            lambda i: noise[start : start + frames] if i == 0 else renoise[number, i - 1],
+            cut=cut,
+            observe=after_pass,
+            trace=trace_pass,
+        )
+        self.part("out.latents", slice(start, start + frames), x0)
+        context = self.scheduler.schedule.context_timestep
+        flow, clean = self.scheduler.clean_pass(self.memory, cross, start, x0, cut=cut, full=True, trace=trace_pass)
+        after_pass(self.passes - 1, context, flow, clean)
+
+    def run(self) -> Report:
+        config, trace = self.config, self.trace
+        frames = config.memory.chunk_frames
+        chunks = trace.value("frames") // frames
+        if len(trace.value("steps")) != chunks * self.passes:
+            raise TraceError(f"{trace.path}: {len(trace.value('steps'))} steps, expected {chunks * self.passes}")
+        scenes = parse_scenes(trace.meta.get("prompt") or "-", fps=16, frames_per_chunk=4 * frames)
+        embeds = trace.tensor("in.prompt_embeds")
+        if len(embeds) < len(scenes):
+            raise TraceError(f"{trace.path}: {len(scenes)} scenes but {len(embeds)} prompt embeddings")
+        starts = [sum(scene.chunks for scene in scenes[:i]) for i in range(len(scenes))]
+        for number in range(chunks):
+            cut = False
+            if number in starts:
+                scene = starts.index(number)
+                cross = self.model.project_text(live_rows(embeds[scene]))
+                if scene and isinstance(self.memory.policy, Window):
+                    self.memory.policy.flush(self.memory.tables)
+                    cut = scenes[scene].cut
+            self.chunk(number, cross, embeds[starts.index(max(s for s in starts if s <= number))], cut)
+        return self.report
+
+
+@torch.inference_mode()
+def replay_dit(trace: Trace, ops: Ops) -> Report:
+    """Replay a whole-model trace."""
+    return _DitReplay(trace, ops).run()
+
+
+def replay(path: Path, ops: Ops) -> Report:
+    """Replay the trace at `path`; TraceError where the file is missing or malformed."""
+    trace = load_trace(path)
+    try:
+        return (replay_memory if trace.meta["kind"] == "memory" else replay_dit)(trace, ops)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise TraceError(f"{path}: malformed trace ({type(error).__name__}: {error})") from error
+
+
+def expand(arguments: list[str]) -> list[Path]:
+    """Files as given; a folder stands for the traces in it (a .safetensors beside a .json)."""
+    paths: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = sorted(path.glob("*.safetensors"))
+            if not found:
+                raise TraceError(f"{path} holds no .safetensors files")
+            paths += found
+        else:
+            paths.append(path)
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cfengine.testing.replay", description="Replay golden traces.")
+    parser.add_argument("paths", nargs="+", metavar="FILE_OR_DIR")
+    parser.add_argument("--impl", choices=("reference", "cpu", "triton", "cuda"), help="implementation to use where it exists")
+    options = parser.parse_args(argv)
+    write = sys.stdout.write
+    try:
+        device = "cuda" if options.impl in ("triton", "cuda") else "cpu"
+        ops = select(device, prefer=options.impl)
+        if options.impl and options.impl not in ops.names.values():
+            raise TraceError(f"no operation has an implementation {options.impl!r} on {device} in this build")
+        write("operations: " + ", ".join(f"{op}={name}" for op, name in ops.names.items()) + "\n")
+        worst, worst_where, tensors, failures, paths = 0.0, "-", 0, 0, expand(options.paths)
+        for path in paths:
+            report = replay(path, ops)
+            for name, error in report.errors.items():
+                mark = "" if error <= TOLERANCE else "  <-- beyond tolerance"
+                write(f"{path.name}  {name:32s} {error:.2e}{mark}\n")
+            for line in report.mismatches[:20]:
+                write(f"{path.name}  MISMATCH {line}\n")
+            if len(report.mismatches) > 20:
+                write(f"{path.name}  ... and {len(report.mismatches) - 20} more mismatches\n")
+            tensors += len(report.errors)
+            failures += report.failed
+            error, name = report.worst
+            if error >= worst:
+                worst, worst_where = error, f"{path.name}, {name}"
+        write(f"{len(paths)} files, {tensors} tensors, worst {worst:.2e} ({worst_where})\n")
+        if failures:
+            write(f"{failures} of {len(paths)} files differ beyond tolerance {TOLERANCE:g} or in a table, action or counter\n")
+        return 1 if failures else 0
+    except CFEngineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
