@@ -267,6 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     try:
+        if options.json:
+            write(options.json, [])  # a place that cannot be written to is named before the work
         records = run(QUICK if options.quick else SIZES, 2 if options.quick else options.rounds, say)
         if not options.quick:
             records.append(tiny_world_record(TINY_SECONDS))
