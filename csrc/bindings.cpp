@@ -7,6 +7,10 @@
 
 namespace py = pybind11;
 
+namespace cf {
+void register_paged_attention(py::module_& m);
+}  // namespace cf
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of cfengine behind raw pointers";
     py::register_local_exception_translator([](std::exception_ptr pointer) {
@@ -20,4 +24,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", &cf::level_name, "Name of the instruction set in force.");
     m.def("set_isa", &cf::set_level, py::arg("name"), "Force an instruction set (for tests).");
     m.def("isas", &cf::usable_levels, "Instruction sets that are built and run here, worst first.");
+    cf::register_paged_attention(m);
 }

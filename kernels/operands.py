@@ -1,0 +1,35 @@
+"""Checks of operands, shared by the compiled kernels: a message names the operand, both numbers and the remedy."""
+
+from __future__ import annotations
+
+import torch
+
+from cfengine.errors import KernelError
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def check_tensor(op: str, name: str, tensor, dims: int, dtypes, device: str = "cpu") -> None:
+    """Raise KernelError unless `tensor` has `dims` axes, one of `dtypes`, the device type and a unit last stride."""
+    if tensor.device.type != device:
+        raise KernelError(f"{op}: {name} is on {tensor.device} but this implementation runs on {device}; move it with .to({device!r})")
+    if tensor.dim() != dims:
+        raise KernelError(f"{op}: {name} has {tensor.dim()} axes, shape {tuple(tensor.shape)}, but {dims} are expected; reshape it")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise KernelError(f"{op}: {name} is {got} but {wanted} is expected; cast it, or choose implementation 'reference'")
+    if dims and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise KernelError(f"{op}: the last stride of {name} is {tensor.stride(-1)} but must be 1; call .contiguous() on it")
+
+
+def check_size(op: str, name: str, found: int, expected: int, meaning: str) -> None:
+    """Raise KernelError unless a size is the one that `meaning` asks for."""
+    if found != expected:
+        raise KernelError(f"{op}: {name} is {found} but {meaning} is {expected}; they must agree")
+
+
+def check_divides(op: str, name: str, value: int, part_name: str, part: int) -> None:
+    """Raise KernelError unless `part` divides `value`."""
+    if part < 1 or value % part:
+        raise KernelError(f"{op}: {name} {value} is not a multiple of {part_name} {part}; pass whole frames")
