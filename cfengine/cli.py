@@ -1,0 +1,199 @@
+"""The command line: thin commands with lazy imports, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfengine.config import POLICIES, PRESETS, MemoryConfig
+from cfengine.errors import CFEngineError, CheckpointError, ConfigError, OutputError, PromptError
+
+USER_ERRORS = (ConfigError, PromptError, CheckpointError, OutputError)  # exit code 2; every other failure is 1
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Live video from a causal few-step diffusion transformer with Slow-Fast memory.",
+    epilog="Exit codes: 0 done, 1 failure, 2 mistake in what was asked, 130 stopped with Ctrl-C.",
+)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Turn the engine's own errors into one red sentence and an exit code; a bug keeps its traceback."""
+    try:
+        yield
+    except CFEngineError as error:
+        complain(str(error))
+        raise typer.Exit(2 if isinstance(error, USER_ERRORS) else 1) from None
+    except KeyboardInterrupt:
+        complain("stopped")
+        raise typer.Exit(130) from None
+
+
+def complain(message: str) -> None:
+    """Print one sentence on standard error, red on a terminal."""
+    typer.secho(f"error: {message}", fg="red", err=True)
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("cfengine")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed; run pip install -e .)"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cfengine {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help='What to show, such as "pan right over green hills, clear sky".')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Video file to write (.mp4, H.264).")] = Path(
+        "out.mp4"
+    ),
+    model: Annotated[
+        str, typer.Option("--model", "-m", help=f"Preset ({', '.join(PRESETS)}), checkpoint path or hub id.")
+    ] = "tiny-world",
+    seconds: Annotated[float | None, typer.Option(help="Length of the video.", show_default="4")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length in video frames, instead of --seconds.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed and prompt give the same video.")] = 0,
+    policy: Annotated[
+        str | None, typer.Option(help=f"Memory policy: {', '.join(POLICIES)}.", show_default="the model's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the device's")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(help="Repeat each pixel N times both ways.", show_default="4 up to 128 pixels wide, else 1"),
+    ] = None,
+) -> None:
+    """Make a video from a prompt, chunk by chunk.
+
+    The file can be played whatever stops the run: Ctrl-C keeps the frames made so far.
+    """
+    from cfengine.cli_generate import Request, run
+
+    with sentences():
+        request = Request(
+            prompt=prompt,
+            output=output,
+            model=model,
+            seconds=seconds,
+            frames=frames,
+            seed=seed,
+            policy=policy,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            scale=scale,
+        )
+        code = run(request)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine and this build can do, and how to add what is missing.
+
+    Exit code 1 when something that `cfengine generate` needs is missing.
+    """
+    from cfengine.doctor import examine, render
+
+    with sentences():
+        report = examine()
+        render(report)
+    raise typer.Exit(0 if report.healthy else 1)
+
+
+@app.command()
+def models() -> None:
+    """List the presets: where their weights come from, their sizes and their memory."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a pipe has no width; whole names are worth more than a narrow table
+    table = Table("preset", "DiT weights", "text encoder and VAE", "video", "model", "memory", box=None, pad_edge=False)
+    for name, config in PRESETS.items():
+        video, model = config.video, config.model
+        table.add_row(
+            name,
+            config.dit_source or "shipped with the package",
+            config.base_source or "shipped with the package",
+            f"{video.width}x{video.height}, {video.fps} frames/s",
+            f"dim {model.dim}, {model.layers} layers, {model.heads} heads",
+            memory_words(config.memory),
+        )
+    console.print(table)
+
+
+def memory_words(memory: MemoryConfig) -> str:
+    """Policy and its parts in latent frames, such as "slow_fast, 3 sink + 12 slow + 6 fast"."""
+    parts = [f"{getattr(memory, part)} {part}" for part in ("sink", "slow", "fast") if getattr(memory, part)]
+    return f"{memory.policy}, {' + '.join(parts)}"
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Module of cfengine.bench.")] = "",
+) -> None:
+    """Run a benchmark: `cfengine bench cpu --help` is `python -m cfengine.bench.cpu --help`."""
+    import importlib.util
+    import pkgutil
+    import runpy
+
+    import cfengine.bench as benches
+
+    with sentences():
+        known = sorted(module.name for module in pkgutil.iter_modules(benches.__path__) if runnable(module))
+        if name not in known:
+            raise ConfigError(f"unknown benchmark {name!r}; known: {', '.join(known) or 'none'}")
+        spec = importlib.util.find_spec(f"cfengine.bench.{name}")
+        sys.argv = [spec.origin or name, *context.args]
+        runpy.run_module(spec.name, run_name="__main__", alter_sys=True)
+
+
+def runnable(module) -> bool:  # noqa: ANN001
+    """Tell a benchmark from a module that benchmarks share: it can be run as a program."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(f"cfengine.bench.{module.name}")
+    return bool(spec and spec.origin and '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Entry point of the `cfengine` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
