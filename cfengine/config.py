@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cfengine.errors import ConfigError
@@ -195,3 +195,15 @@ def preset(name: str) -> EngineConfig:
         return PRESETS[name]
     except KeyError:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}") from None
+
+
+def with_policy(memory: MemoryConfig, policy: str) -> MemoryConfig:
+    """The same number of slots under another rule; `uniform` keeps a frame of every second chunk."""
+    if policy not in POLICIES:
+        raise ConfigError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    sink = 0 if policy == "fifo" else memory.sink or memory.chunk_frames
+    if policy in ("fifo", "sink_window", "relative_window"):
+        return replace(memory, policy=policy, sink=sink, slow=0, fast=memory.slots - sink)
+    fast = min(2 * memory.chunk_frames, memory.slots - sink)
+    interval = 2 * memory.chunk_frames if policy == "uniform" else 0
+    return replace(memory, policy=policy, sink=sink, slow=memory.slots - sink - fast, fast=fast, interval=interval)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig
@@ -18,6 +20,7 @@ class Memory:
         self.tables = Tables(config, device)
         self.policy = make_policy(config.memory, ops)
         self.ops = ops
+        self.promotions = torch.zeros((), dtype=torch.int64, device=device)
         self.sink = 0 if config.memory.policy == "fifo" else config.memory.sink
         self.grid, self.eps, self.theta = config.grid, config.model.eps, config.model.theta
 
@@ -43,3 +46,23 @@ class Memory:
         return self.ops.paged_attention(
             query, k_pages, v_pages, table.page_ids, table.positions, table.count, table.q_positions, theta=self.theta
         )
+
+    def end_pass(self) -> None:
+        """Count what the rules did in a pass, on the device."""
+        self.promotions += (self.tables.stacked.decision[:, 3] > 0).sum()
+
+    def snapshot_events(self) -> tuple[int, np.ndarray]:
+        """A point to count events from: promotions so far, and which latent frames the tables show."""
+        return int(self.promotions), self._shown()
+
+    def events_since(self, before: tuple[int, np.ndarray]) -> tuple[int, int]:
+        """(promotions, evictions) since `before`, summed over layers; an eviction is a frame no slot shows any more."""
+        promotions, shown = before
+        return int(self.promotions) - promotions, int(np.setdiff1d(shown, self._shown()).size)
+
+    def _shown(self) -> np.ndarray:
+        """Sorted (layer, source frame) pairs as single integers."""
+        sources = self.tables.stacked.sources.cpu().numpy().astype(np.int64)
+        counts = self.tables.stacked.count.cpu().numpy()
+        used = (sources >= 0) & (np.arange(sources.shape[1]) < counts)
+        return np.unique((sources + (np.arange(len(sources))[:, None] << 40))[used])

@@ -27,6 +27,11 @@ class ChunkScheduler:
             self._modulations[timestep] = self.model.modulate(timestep)
         return self._modulations[timestep]
 
+    def _pass(self, memory: Memory, x: Tensor, step: Pass, timestep: float, cross, *, full: bool = True, trace=None) -> Tensor | None:
+        flow = walk(self.segments, memory, x, step, self.modulation(timestep), cross, full=full, observe=trace)
+        memory.end_pass()
+        return flow
+
     @torch.inference_mode()
     def denoise(
         self,
@@ -48,7 +53,7 @@ class ChunkScheduler:
         step = Pass(start_frame, cut=cut)
         x = noise(0)
         for i, timestep in enumerate(schedule.warped):
-            flow = walk(self.segments, memory, x, step, self.modulation(timestep), cross, observe=trace)
+            flow = self._pass(memory, x, step, timestep, cross, trace=trace)
             x0 = flow_to_x0(x, flow, schedule.sigma(timestep))
             if observe:
                 observe(i, timestep, flow, x0)
@@ -65,5 +70,5 @@ class ChunkScheduler:
         It stops at the last block's keys and values; full=True runs to the end and returns (flow, its x0), for replay.
         """
         step, timestep = Pass(start_frame, clean=True, cut=cut), self.schedule.context_timestep
-        flow = walk(self.segments, memory, x0, step, self.modulation(timestep), cross, full=full, observe=trace)
+        flow = self._pass(memory, x0, step, timestep, cross, full=full, trace=trace)
         return None if flow is None else (flow, flow_to_x0(x0, flow, self.schedule.sigma(timestep)))
