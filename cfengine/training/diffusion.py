@@ -1,0 +1,114 @@
+"""Flow matching under the Slow-Fast memory, with contexts that carry the model's own errors.
+
+x_t = (1 - s) x0 + s eps, target v = eps - x0, timestep 1000 s. Most noise levels are the sampler's four, the rest
+follow its warped schedule. From a fifth of the training on every batch serves several times: the second time and
+later, chunks of the context are replaced by what the model made of them before, so that it learns to correct itself
+(error recycling); the target stays the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfengine.config import EngineConfig
+from cfengine.training.data import Batch, Strips, draw_batch
+from cfengine.training.forward import flow
+from cfengine.training.optimiser import schedule
+from cfengine.training.state import Progress, World
+
+COPIES = 2  # noisy copies of every chunk in a step
+LENGTHS = {  # chunks of a session, sessions in a batch: share of batches early, late
+    (4, 8): (0.45, 0.1),
+    (8, 4): (0.45, 0.35),
+    (16, 2): (0.1, 0.3),
+    (32, 1): (0.0, 0.25),
+}
+
+
+def sampler_sigmas(config: EngineConfig) -> Tensor:
+    """Noise levels of the denoise passes: shift * u / (1 + (shift - 1) u) at u = step / 1000."""
+    u = torch.tensor(config.sampler.steps, dtype=torch.float64) / 1000
+    return (config.sampler.shift * u / (1 + (config.sampler.shift - 1) * u)).float()
+
+
+def draw_sigmas(shape: tuple[int, ...], levels: Tensor, shift: float, draw: np.random.Generator) -> Tensor:
+    """Three of four noise levels from the sampler's, the last one twice as often; the others from the whole schedule."""
+    weight = np.ones(len(levels))
+    weight[-1] = 2
+    chosen = levels[torch.from_numpy(draw.choice(len(levels), size=shape, p=weight / weight.sum()))]
+    u = torch.from_numpy(draw.uniform(0.02, 1, size=shape)).float()
+    return torch.where(torch.from_numpy(draw.random(shape) < 0.75), chosen, shift * u / (1 + (shift - 1) * u))
+
+
+def spread(sigma: Tensor) -> Tensor:
+    """(K, B, C) -> (K, B, C, 1, 1, 1, 1)"""
+    return sigma[..., None, None, None, None]
+
+
+def draw_sequence(strips: Strips, share: float, draw: np.random.Generator) -> Batch:
+    """A batch whose session length follows the curriculum."""
+    blend = min(1.0, share / 0.4)
+    weights = np.asarray([(1 - blend) * early + blend * late for early, late in LENGTHS.values()])
+    chunks, size = list(LENGTHS)[draw.choice(len(LENGTHS), p=weights / weights.sum())]
+    return draw_batch(strips, size, chunks, draw)
+
+
+def corrupt(truth: Tensor, made: Tensor | None, draw: np.random.Generator) -> Tensor:
+    """Context latents (B, C, ...): truth, or what the model made of it, plus a little noise in some chunks."""
+    B, C = truth.shape[:2]
+    context = truth
+    if made is not None:
+        own = torch.from_numpy(draw.random((B, C)) < draw.choice([0.3, 0.7, 1.0]))
+        context = torch.where(own[..., None, None, None, None], made, truth)
+    amount = torch.from_numpy(0.1 * draw.random((B, C)) * (draw.random((B, C)) < 0.4)).float()
+    return context + amount[..., None, None, None, None] * torch.randn(truth.shape)
+
+
+def training_step(world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Loss of one step, and x0 (B, C, ...) as the model now sees it through the least noise drawn for each chunk."""
+    B, C = batch.latents.shape[:2]
+    levels = sampler_sigmas(config)
+    sigma = draw_sigmas((COPIES, B, C), levels, config.sampler.shift, draw)
+    noise = torch.randn(COPIES, *batch.latents.shape)
+    noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        guess = flow(world.dit, config.memory, context, noisy, 1000 * sigma, world.table[batch.concepts])
+    loss = (guess - (noise - batch.latents)).square().mean()
+    with torch.no_grad():
+        least = sigma.argmin(0)
+        pick = least[None, ..., None, None, None, None].expand(1, *batch.latents.shape)
+        made = (noisy - spread(sigma) * guess).gather(0, pick)[0]
+        near = (sigma.amin(0) <= levels[-1] + 0.05)[..., None, None, None, None]
+        made = torch.where(near, made, context)
+    return loss, made
+
+
+def train_diffusion(
+    out: Path, config: EngineConfig, strips: Strips, seed: int, steps: int, report: Callable[[str, dict], None], *, peak: float = 2e-3
+) -> World:
+    """Train to `steps` steps, going on from `out` where it exists; returns the averaged network."""
+    torch.manual_seed(seed)
+    progress = Progress(World(config.model), seed, decay=0.998)
+    progress.resume(out)
+    mean = None
+    while progress.step < steps:
+        share = progress.step / steps
+        batch = draw_sequence(strips, share, progress.draw)
+        made = None
+        for _ in range(1 if share < 0.2 else 3):
+            context = corrupt(batch.latents, made, progress.draw)
+            loss, made = training_step(progress.world, config, batch, context, progress.draw)
+            loss.backward()
+            progress.advance(schedule(progress.step, steps, peak, 60))
+            mean = float(loss) if mean is None else 0.98 * mean + 0.02 * float(loss)
+            if progress.step % 20 == 0:
+                report("dit", {"step": progress.step, "of": steps, "loss": mean})
+            if progress.step % 150 == 0:
+                progress.save(out)
+    progress.save(out)
+    return progress.average

@@ -1,0 +1,75 @@
+"""The batched training forward against the engine's own chunk walk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
+from cfengine.memory.memory import Memory
+from cfengine.memory.policies import Pass
+from cfengine.model.dit import CausalDiT
+from cfengine.ops import select
+from cfengine.segments.torch import TorchSegments
+from cfengine.segments.walk import walk
+from cfengine.training.forward import flow, page_table
+
+pytestmark = pytest.mark.cpu
+
+MODEL = ModelConfig(dim=48, ffn_dim=96, heads=2, layers=2, text_dim=8, text_len=6, freq_dim=16)
+
+
+def small_config(slow: int, threshold: float) -> EngineConfig:
+    memory = MemoryConfig(policy="slow_fast_paper", slow=slow, threshold=threshold, rope_length=9 + slow)
+    return EngineConfig(name="small", model=MODEL, memory=memory, video=VideoConfig(width=96, height=64))
+
+
+@pytest.mark.parametrize(("slow", "threshold"), [(2, 2.0), (12, 0.95), (12, -2.0)])
+def test_flow_equals_engine_walk(slow: int, threshold: float) -> None:
+    """Thresholds: every odd chunk marked (slow memory of two rolls over), by similarity, none."""
+    torch.manual_seed(0)
+    config = small_config(slow, threshold)
+    model = CausalDiT(MODEL)
+    B, C = 2, 11
+    shape = (3, 16, 8, 12)
+    clean = torch.randn(B, C, *shape) + 2 * torch.randn(B, C, 1, 16, 1, 1)
+    noisy, text = torch.randn(1, B, C, *shape), torch.randn(B, C, 4, MODEL.text_dim)
+    timestep = torch.tensor([1000.0, 625.0])[torch.arange(B * C) % 2].view(1, B, C)
+    with torch.no_grad():
+        batched = flow(model, config.memory, clean, noisy, timestep, text)
+    model.prepare()
+    ops = select("cpu", prefer="reference")
+    segments = TorchSegments(model, ops, config.grid)
+    promoted = 0
+    for b in range(B):
+        memory = Memory(config, ops, torch.float32)
+        for c in range(C):
+            cross = model.project_text(text[b, c])
+            made = walk(segments, memory, noisy[0, b, c], Pass(3 * c), model.modulate(float(timestep[0, b, c])), cross)
+            # float32 sums in another order, values near 1: 1e-4 is a hundred roundings
+            torch.testing.assert_close(batched[0, b, c], made, atol=1e-4, rtol=1e-4)
+            walk(segments, memory, clean[b, c], Pass(3 * c, clean=True), model.modulate(0.0), cross)
+        promoted += sum(int(table.promoted) for table in memory.tables.layers)
+    assert (promoted > 0) == (threshold > -1), "the case does not exercise slow memory as it says"
+
+
+def test_page_table_of_a_marked_sequence() -> None:
+    """Seven chunks, chunk 1 and 5 novel, chunk 3 like its predecessor: by hand."""
+    mean = torch.eye(8)[[0, 1, 2, 2, 3, 4, 5]][None]
+    pages, valid = page_table(mean, MemoryConfig(policy="slow_fast_paper"), slow=2)
+    assert valid[0, 0].sum() == 0
+    assert pages[0, 1][valid[0, 1]].tolist() == [0, 1, 2]
+    assert pages[0, 2][valid[0, 2]].tolist() == [0, 1, 2, 3, 4, 5]
+    assert pages[0, 3][valid[0, 3]].tolist() == [0, 1, 2, 6, 7, 8, 3]
+    assert pages[0, 6][valid[0, 6]].tolist() == [0, 1, 2, 15, 16, 17, 3]
+
+
+def test_gradients_reach_every_parameter() -> None:
+    torch.manual_seed(0)
+    config = small_config(12, 0.95)
+    model = CausalDiT(MODEL)
+    clean, noisy = torch.randn(1, 4, 3, 16, 8, 12), torch.randn(2, 1, 4, 3, 16, 8, 12)
+    text = torch.randn(1, 4, 4, MODEL.text_dim, requires_grad=True)
+    flow(model, config.memory, clean, noisy, torch.full((2, 1, 4), 625.0), text).square().mean().backward()
+    assert text.grad.abs().sum() > 0
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
