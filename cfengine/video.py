@@ -127,14 +127,12 @@ class VideoWriter:
             return
         import av
 
-        container, self._container = self._container, None
         try:
-            try:
-                container.mux(self._stream.encode(None))
-            finally:
-                container.close()
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
         except av.FFmpegError as error:
             raise self._failure(error) from error
+        self._container = None
         self._index_first()
 
     def _check(self, pixels: np.ndarray) -> None:
@@ -202,10 +200,42 @@ class VideoWriter:
                 os.unlink(name)
 
     def _failure(self, error: Exception) -> OutputError:
-        reason = getattr(error, "strerror", None) or str(error)
+        """Close a file that could not be written to the end; what is left of it plays, and `frames` counts that."""
+        import av
+
+        container, self._container = self._container, None
+        if container is not None:
+            with suppress(av.FFmpegError):
+                container.close()
+        written = self.frames
+        with suppress(OSError):
+            _drop_unfinished_fragment(self.path)
+        try:
+            self.frames = sum(1 for _ in read_video(self.path))
+        except OutputError:
+            self.frames = 0
         return OutputError(
-            f"writing {self.path} failed after {self.frames} frames ({reason}); free space or choose another place"
+            f"writing {self.path} failed at frame {written} ({_reason(error)}) and {self.frames} frames are in it; "
+            "free space or choose another place"
         )
+
+
+def _drop_unfinished_fragment(path: Path) -> None:
+    """Cut a fragmented mp4 after its last whole box: each begins with its size, 4 bytes big-endian, and its name."""
+    total = path.stat().st_size
+    with path.open("r+b") as file:
+        end = place = 0
+        while place + 8 <= total:
+            file.seek(place)
+            size, name = int.from_bytes(file.read(4), "big"), file.read(4)
+            place += max(size, 8)
+            if place <= total and name != b"moof":  # a moof without its mdat describes pictures that are not there
+                end = place
+        file.truncate(end)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def read_video(path: str | Path) -> Iterator[np.ndarray]:
@@ -225,7 +255,6 @@ def read_video(path: str | Path) -> Iterator[np.ndarray]:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except av.FFmpegError as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
-            f"{path} cannot be read as a video ({reason}); the file is damaged or of another kind"
+            f"{path} cannot be read as a video ({_reason(error)}); the file is damaged or of another kind"
         ) from error
