@@ -9,6 +9,10 @@ namespace py = pybind11;
 
 namespace cf {
 void register_paged_attention(py::module_& m);
+void register_qk_norm_rope_store(py::module_& m);
+void register_modulated_norm(py::module_& m);
+void register_gated_residual(py::module_& m);
+void register_slow_fast_update(py::module_& m);
 }  // namespace cf
 
 PYBIND11_MODULE(_C, m) {
@@ -25,4 +29,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &cf::set_level, py::arg("name"), "Force an instruction set (for tests).");
     m.def("isas", &cf::usable_levels, "Instruction sets that are built and run here, worst first.");
     cf::register_paged_attention(m);
+    cf::register_qk_norm_rope_store(m);
+    cf::register_modulated_norm(m);
+    cf::register_gated_residual(m);
+    cf::register_slow_fast_update(m);
 }

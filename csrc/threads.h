@@ -24,6 +24,9 @@ inline int thread_index() {
 #endif
 }
 
+// Threads worth waking for a number of elements: below about ten microseconds of work, one.
+inline int threads_for(int64_t elements, int threads) { return elements < 32768 ? 1 : threads; }
+
 // Grow-only scratch memory of the calling thread, aligned to a cache line: a fresh allocation of megabytes per call
 // would be paid in page faults.
 class Scratch {

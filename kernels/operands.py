@@ -33,3 +33,17 @@ def check_divides(op: str, name: str, value: int, part_name: str, part: int) -> 
     """Raise KernelError unless `part` divides `value`."""
     if part < 1 or value % part:
         raise KernelError(f"{op}: {name} {value} is not a multiple of {part_name} {part}; pass whole frames")
+
+
+def float_rows(op: str, name: str, tensor, dim: int):
+    """Return (frames, dim) per-frame factors as float32 with a unit last stride."""
+    check_tensor(op, name, tensor, 2, FLOATS)
+    check_size(op, f"width of {name}", tensor.shape[1], dim, "width of x")
+    return tensor.float()
+
+
+def float_vector(op: str, name: str, tensor, dim: int):
+    """Return (dim,) weights as float32 with a unit stride."""
+    check_tensor(op, name, tensor, 1, FLOATS)
+    check_size(op, f"length of {name}", tensor.shape[0], dim, "width of k")
+    return tensor.float()
