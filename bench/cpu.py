@@ -21,7 +21,7 @@ from cfengine.bench.baseline import RANGES as BASELINE_RANGES
 from cfengine.bench.baseline import ReferenceMethod, chunk_flops
 from cfengine.bench.records import record, write
 from cfengine.bench.shares import share_table, shares
-from cfengine.bench.synthetic import EngineRun, chunk_inputs, random_weights
+from cfengine.bench.synthetic import EngineRun, chunk_inputs, describe, random_weights
 from cfengine.bench.timing import Gemm, difference, timed
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.errors import CFEngineError
@@ -119,23 +119,6 @@ class Contest:
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def describe(config: EngineConfig, **more) -> dict:
-    """Shapes that a record carries."""
-    model, memory = config.model, config.memory
-    return {
-        "dim": model.dim,
-        "ffn_dim": model.ffn_dim,
-        "heads": model.heads,
-        "head_dim": model.head_dim,
-        "layers": model.layers,
-        "text_len": model.text_len,
-        "page_tokens": config.page_tokens,
-        "chunk_frames": memory.chunk_frames,
-        "slots": memory.slots,
-        "threads": torch.get_num_threads(),
-    } | more
 
 
 def chunk_records(contest: Contest, times, gemms, errors) -> list[dict]:

@@ -97,3 +97,20 @@ def named(name: str, function):
             return function(*arguments, **options)
 
     return call
+
+
+def describe(config: EngineConfig, **more) -> dict:
+    """Shapes that a record carries."""
+    model, memory = config.model, config.memory
+    return {
+        "dim": model.dim,
+        "ffn_dim": model.ffn_dim,
+        "heads": model.heads,
+        "head_dim": model.head_dim,
+        "layers": model.layers,
+        "text_len": model.text_len,
+        "page_tokens": config.page_tokens,
+        "chunk_frames": memory.chunk_frames,
+        "slots": memory.slots,
+        "threads": torch.get_num_threads(),
+    } | more
