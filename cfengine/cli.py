@@ -82,9 +82,7 @@ def generate(
         str | None, typer.Option(help=f"Memory policy: {', '.join(POLICIES)}.", show_default="the model's")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the device's")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="the device's")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     scale: Annotated[
         int | None,
@@ -182,7 +180,7 @@ def bench(
         runpy.run_module(spec.name, run_name="__main__", alter_sys=True)
 
 
-def runnable(module) -> bool:  # noqa: ANN001
+def runnable(module) -> bool:
     """Tell a benchmark from a module that benchmarks share: it can be run as a program."""
     import importlib.util
 

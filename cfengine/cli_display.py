@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -39,6 +40,9 @@ class PlainDisplay:
 
     def failed(self, message: str) -> None:
         self._say(f"error: {message}")
+
+    def notice(self, message: str) -> None:
+        self._say(f"notice: {message}")
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
@@ -92,15 +96,28 @@ class LiveDisplay(PlainDisplay):
         self.close()
         self._console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
 
+    def notice(self, message: str) -> None:
+        self._console.print(f"notice: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         self._progress.stop()
 
 
 @contextmanager
 def display() -> Iterator[PlainDisplay]:
-    """Give the display that suits standard error, and close it whatever happens."""
+    """Give the display that suits standard error, show notices through it, and close it whatever happens."""
     show = LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
-    try:
-        yield show
-    finally:
-        show.close()
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def showwarning(message, category, *place, **more) -> None:
+            if issubclass(category, UserWarning):  # such as a word of the prompt that the model does not know
+                show.notice(str(message))
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = showwarning
+        try:
+            yield show
+        finally:
+            show.close()

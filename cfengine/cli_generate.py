@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cfengine.types import Frame
 
 DEFAULT_SECONDS = 4.0
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 SMALL = 128  # videos up to this width are written larger by default, since players show them at their own size
 SMALL_SCALE = 4
 
@@ -187,7 +187,7 @@ def run(request: Request) -> int:
                 return stream(request, engine, tally, writer, stops, show)
 
 
-def load(request: Request):  # noqa: ANN201
+def load(request: Request):
     """Build the engine; the heavy imports happen here."""
     from cfengine import Engine
 
@@ -200,7 +200,7 @@ def load(request: Request):  # noqa: ANN201
     )
 
 
-def stream(request: Request, engine, tally: Tally, writer: VideoWriter, stops: StopRequests, show) -> int:  # noqa: ANN001
+def stream(request: Request, engine, tally: Tally, writer: VideoWriter, stops: StopRequests, show) -> int:
     """Stream into the writer until done, stopped or failed; the file is closed and named in every case."""
     trouble: BaseException | None = None
     try:
@@ -222,7 +222,7 @@ def stream(request: Request, engine, tally: Tally, writer: VideoWriter, stops: S
     return finish(writer, tally, trouble, show)
 
 
-def finish(writer: VideoWriter, tally: Tally, trouble: BaseException | None, show) -> int:  # noqa: ANN001
+def finish(writer: VideoWriter, tally: Tally, trouble: BaseException | None, show) -> int:
     """Say what is in the file and return the exit code; an error before the first frame is raised as it came."""
     if trouble is not None and not writer.frames and not isinstance(trouble, KeyboardInterrupt):
         raise trouble

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -320,6 +321,20 @@ def test_plain_progress_is_sparse(run, monkeypatch):
         re.fullmatch(r"\d+/57 frames, [\d.]+ frames/s, chunk 60 ms, \d+ promotions, \d+ evictions", x)
         for x in lines[1:]
     )
+
+
+def test_warnings_are_notices_without_their_place(run):
+    engine = FakeEngine()
+    plain = engine.stream
+
+    def stream(*arguments, **options):
+        warnings.warn("tiny-world does not know and ignores: zebra", stacklevel=2)
+        return plain(*arguments, **options)
+
+    engine.stream = stream
+    result = run("generate", "zebra", "--frames", "1", engine=engine)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[1] == "notice: tiny-world does not know and ignores: zebra"
 
 
 # The other commands ---------------------------------------------------------------------------------------------------
