@@ -1,0 +1,85 @@
+"""Small engines with random weights, for tests of everything around the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
+from cfengine.errors import PromptError
+from cfengine.model.dit import CausalDiT
+
+TOY = EngineConfig(
+    name="toy",
+    model=ModelConfig(dim=48, ffn_dim=96, heads=2, layers=2, text_dim=8, text_len=12, freq_dim=16),
+    memory=MemoryConfig(),
+    video=VideoConfig(width=48, height=32),
+)
+
+
+class ToyCodec:
+    """Pixels that show the latents: every latent value of channel 0 becomes an 8x8 patch."""
+
+    latent_channels, spatial_stride, temporal_stride = 16, 8, 4
+
+    class Decoder:
+        def __init__(self) -> None:
+            self.first = True
+
+        def decode(self, latents: torch.Tensor) -> np.ndarray:
+            image = (latents[:, :3] * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            image = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
+            video = image.repeat_interleave(4, 0)[3 if self.first else 0 :]
+            self.first = False
+            return video.numpy()
+
+    def decoder(self) -> ToyCodec.Decoder:
+        return self.Decoder()
+
+
+class ToyText:
+    """One random vector per word, the same in every run."""
+
+    text_dim, text_len = 8, 12
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        words = prompt.split()
+        if len(words) > self.text_len:
+            raise PromptError(f"the prompt has {len(words)} words; this encoder takes {self.text_len}")
+        rows = [torch.randn(8, generator=torch.Generator().manual_seed(sum(map(ord, word)))) for word in words]
+        return torch.stack(rows)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> CausalDiT:
+    """A model whose every parameter is random, so that no branch is multiplied by zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = CausalDiT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if parameter.ndim < 2 or "modulation" in name else 1.5 / parameter[0].numel() ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):
+                parameter.add_(1)
+    return model
+
+
+@pytest.fixture
+def toy_engine():
+    """make(policy=..., memory=MemoryConfig, ...) -> Engine with random weights, toy codec and toy text."""
+    from cfengine.engine import Engine
+
+    engines = []
+
+    def make(config: EngineConfig = TOY, *, memory: MemoryConfig | None = None, model_seed: int = 0, **options):
+        if memory is not None:
+            config = dataclasses.replace(config, memory=memory)
+        engine = Engine(config, random_model(config.model, model_seed), ToyCodec(), ToyText(), **options)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()

@@ -1,0 +1,106 @@
+"""Recorded traces through every implementation, and what replay says of bad files and wrong rules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfengine import ops
+from cfengine.memory import policies
+from cfengine.testing import replay
+
+pytestmark = pytest.mark.cpu
+DATA = Path(__file__).parents[1] / "data"
+TRACES = sorted(DATA.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("impl", ops.implementations("cpu"))
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
+def test_trace(path, impl):
+    report = replay.replay(path, ops.select("cpu", prefer=impl))
+    assert not report.mismatches, report.mismatches[:5]
+    assert report.worst[0] <= replay.TOLERANCE, report.worst
+    assert len(report.errors) >= 6  # it did compare something
+
+
+def edited(tmp_path: Path, stem: str, edit) -> Path:
+    """A copy of a trace with `edit(tensors, description)` applied."""
+    tensors, description = load_file(DATA / f"{stem}.safetensors"), json.loads((DATA / f"{stem}.json").read_text())
+    edit(tensors, description)
+    save_file(tensors, tmp_path / f"{stem}.safetensors")
+    (tmp_path / f"{stem}.json").write_text(json.dumps(description))
+    return tmp_path / f"{stem}.safetensors"
+
+
+def test_a_wrong_number_is_found(tmp_path, capsys):
+    path = edited(tmp_path, "memory_fastmin", lambda tensors, _: tensors["y"][3].mul_(1.01))
+    assert replay.main([str(path), "--impl", "reference"]) == 1
+    assert "y " in capsys.readouterr().out
+
+
+def test_a_wrong_action_is_found(tmp_path, capsys):
+    def edit(_, description):
+        next(s for s in description["steps"] if s["action"] == "fill")["action"] = "roll"
+
+    assert replay.main([str(edited(tmp_path, "memory_fastmin", edit)), "--impl", "reference"]) == 1
+    assert "action: fill, expected roll" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["no_shift", "absolute_positions", "never_promote"])
+def test_wrong_rules_are_found(wrong, monkeypatch):
+    """Replay notices an engine whose rule is not the recorded one."""
+    right = policies.SlowFast.update
+
+    def update(self, tables, layer, key_mean, step):
+        if wrong == "never_promote":
+            tables.layers[layer].last_key.copy_(key_mean)
+        right(self, tables, layer, key_mean, step)
+        table = tables.layers[layer]
+        if wrong == "absolute_positions":
+            table.positions.copy_(table.sources)
+        if wrong == "no_shift":
+            table.page_ids.copy_(table.page_ids.roll(1))
+
+    monkeypatch.setattr(policies.SlowFast, "update", update)
+    report = replay.replay(DATA / "memory_base.safetensors", ops.select("cpu", prefer="reference"))
+    assert report.failed and (report.worst[0] > 1e-3 or report.mismatches)
+
+
+def test_summary_line(capsys):
+    assert replay.main([str(DATA / "memory_fastmin.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("operations: paged_attention=")
+    assert lines[-1].startswith("1 files, 7 tensors, worst ") and "memory_fastmin.safetensors" in lines[-1]
+
+
+def test_bad_files_are_refused(tmp_path, capsys):
+    good = DATA / "memory_fastmin.safetensors"
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(good, alone)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:5000])
+    shutil.copy(good.with_suffix(".json"), tmp_path / "cut.json")
+    odd = edited(tmp_path, "memory_fastmin", lambda _, description: description.update(kind="video"))
+    for path, says in ((tmp_path / "none.safetensors", "does not exist"), (alone, "alone.json"), (cut, "safetensors"), (odd, "kind")):
+        assert replay.main([str(path)]) == 2
+        assert says in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert replay.main([str(empty)]) == 2
+    assert "no .safetensors" in capsys.readouterr().err
+    missing = edited(tmp_path, "dit_sf", lambda tensors, _: tensors.pop("in.noise"))
+    assert replay.main([str(missing)]) == 2
+    assert "in.noise" in capsys.readouterr().err
+    shapeless = edited(tmp_path, "dit_sf", lambda tensors, _: tensors.update({"model.head.head.bias": torch.zeros(3)}))
+    assert replay.main([str(shapeless)]) == 2
+    assert "head.head.bias" in capsys.readouterr().err
+
+
+def test_an_implementation_that_is_not_there_is_an_error(capsys):
+    assert replay.main([str(TRACES[0]), "--impl", "triton"]) == 2
+    assert "triton" in capsys.readouterr().err
