@@ -27,7 +27,11 @@ class PatchEncoder(nn.Module):
     def __init__(self, width: int = 384) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(3 * SPACE * SPACE, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, CHANNELS)
+            nn.Linear(3 * SPACE * SPACE, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, CHANNELS),
         )
         self.norm = nn.BatchNorm1d(CHANNELS, affine=False, momentum=0.02)
 
@@ -83,7 +87,9 @@ class StreamDecoder:
         Latent frames are decoded one at a time, so that any split into calls gives the same bytes.
         """
         if latents.dim() != 4 or latents.shape[1] != CHANNELS:
-            raise ConfigError(f"latents have shape {tuple(latents.shape)}; this codec takes (frames, {CHANNELS}, rows, columns)")
+            raise ConfigError(
+                f"latents have shape {tuple(latents.shape)}; this codec takes (frames, {CHANNELS}, rows, columns)"
+            )
         weight = self._net.enter.weight
         pieces = []
         for latent in latents.to(weight.device, weight.dtype).split(1):
@@ -113,7 +119,9 @@ class StreamEncoder:
             rule = f"1 + a multiple of {TIME}" if lead else f"a multiple of {TIME}"
             raise ConfigError(f"{m} video frames given but this call takes {rule}; pass whole groups of frames")
         if height % SPACE or width % SPACE:
-            raise ConfigError(f"frames are {width}x{height} but both sides must be multiples of {SPACE}; crop or resize them")
+            raise ConfigError(
+                f"frames are {width}x{height} but both sides must be multiples of {SPACE}; crop or resize them"
+            )
         self._begun = True
         kept = frames[0::TIME] if lead else frames[TIME - 1 :: TIME]
         weight = self._net.net[0].weight
@@ -138,13 +146,17 @@ class TinyWorldCodec:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as problem:
-            raise CheckpointError(f"codec file {path} cannot be read ({problem}); download or train it again") from problem
+            raise CheckpointError(
+                f"codec file {path} cannot be read ({problem}); download or train it again"
+            ) from problem
         for name, module in (("encoder", codec.encoder_net), ("decoder", codec.decoder_net)):
             own = {k.removeprefix(f"{name}."): v.float() for k, v in tensors.items() if k.startswith(f"{name}.")}
             wanted = {k: v.shape for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
             wrong = sorted(k for k in wanted.keys() | own.keys() if k not in own or own[k].shape != wanted.get(k))
             if wrong:
-                raise CheckpointError(f"codec file {path}: {len(wrong)} {name} tensors missing, extra or mis-shaped: {', '.join(wrong)}")
+                raise CheckpointError(
+                    f"codec file {path}: {len(wrong)} {name} tensors missing, extra or mis-shaped: {', '.join(wrong)}"
+                )
             module.load_state_dict(own, strict=False)
             module.to(device).eval()
         return codec

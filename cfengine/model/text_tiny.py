@@ -47,8 +47,8 @@ _FILLER = frozenset(
     "spinning move moves moving go goes going camera view shot scene landscape panorama world video horizon sky "
     "ground land landscape weather light lit time landmarks landmark towers tower cones cone balls ball diamonds "
     "diamond arches arch hills hill wide distant far around about toward towards keep keeps side one some very "
-    "slight slightly cinematic please show me us there where we you see seen beautiful quiet coloured colored colourful "
-    "colorful shapes shape direction".split()
+    "slight slightly cinematic please show me us there where we you see seen beautiful quiet coloured colored "
+    "colourful colorful shapes shape direction".split()
 )
 _WORDS = {word: concept for concept, words in _SYNONYMS.items() for word in [concept, *words.split()]}
 _GROUP_OF = {concept: group for group, concepts in GROUPS.items() for concept in concepts}
@@ -62,7 +62,9 @@ def concepts_of(prompt: str, limit: int = 16) -> tuple[str, ...]:
     """
     words = re.findall(r"[a-z]+", prompt.lower())
     if not words:
-        raise PromptError("the prompt is empty; name a camera move and a place, for example 'pan right, desert, sunset'")
+        raise PromptError(
+            "the prompt is empty; name a camera move and a place, for example 'pan right, desert, sunset'"
+        )
     known = [_WORDS[word] for word in words if word in _WORDS]
     if not known:
         raise PromptError(f"no word of the prompt {prompt!r} is known to tiny-world; it knows {', '.join(CONCEPTS)}")
@@ -86,7 +88,9 @@ class TinyTextEncoder:
 
     def __init__(self, table: torch.Tensor, text_len: int = 16) -> None:
         if table.shape[0] != len(CONCEPTS):
-            raise CheckpointError(f"text table has {table.shape[0]} rows but the vocabulary has {len(CONCEPTS)} concepts; train it again")
+            raise CheckpointError(
+                f"text table has {table.shape[0]} rows but the vocabulary has {len(CONCEPTS)} concepts; train it again"
+            )
         self.table, self.text_dim, self.text_len = table.float(), table.shape[1], text_len
 
     @classmethod
@@ -95,7 +99,9 @@ class TinyTextEncoder:
         try:
             return cls(load_file(path)["table"], text_len)
         except (OSError, KeyError, SafetensorError) as problem:
-            raise CheckpointError(f"text encoder file {path} cannot be read ({problem}); download or train it again") from problem
+            raise CheckpointError(
+                f"text encoder file {path} cannot be read ({problem}); download or train it again"
+            ) from problem
 
     def save(self, path: str | Path) -> None:
         """Write the table as float16 safetensors."""

@@ -21,12 +21,14 @@ def panoramas(count: int, seed: int) -> torch.Tensor:
     """Draw whole turns of random scenes at steps of 1/3 pixel -> (count, HEIGHT, 3 * TURN, 3) uint8."""
     rng = np.random.default_rng(seed)
     x = (np.arange(THIRDS * world.TURN)) / THIRDS + 0.5
-    drawn = [np.rint(world.render_columns(world.random_scene(rng), x)).clip(0, 255).astype(np.uint8) for _ in range(count)]
+    drawn = [
+        np.rint(world.render_columns(world.random_scene(rng), x)).clip(0, 255).astype(np.uint8) for _ in range(count)
+    ]
     return torch.from_numpy(np.stack(drawn))
 
 
 def views(turns: torch.Tensor, scene: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """Cut camera views out of panoramas: scene (n,), left (n, f) in thirds of a pixel -> (n, f, 3, HEIGHT, WIDTH), -1..1."""
+    """Cut camera views out of panoramas: scene (n,), left (n, f) in 1/3 pixels -> (n, f, 3, HEIGHT, WIDTH), -1..1."""
     columns = (left[..., None] + THIRDS * torch.arange(world.WIDTH)) % turns.shape[2]
     cut = turns[scene[:, None, None], :, columns]  # (n, f, WIDTH, HEIGHT, 3)
     return cut.permute(0, 1, 4, 3, 2).float() / 127.5 - 1
@@ -104,7 +106,12 @@ def train_codec(
         if step % 25 == 0:
             report("codec", {"step": step, "of": steps, "loss": float(loss)})
         if step % 100 == 99:
-            state = {"nets": nets.state_dict(), "optimiser": optimiser.state_dict(), "draw": draw.get_state(), "step": step + 1}
+            state = {
+                "nets": nets.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "draw": draw.get_state(),
+                "step": step + 1,
+            }
             torch.save(state, kept)
     settle_norm(codec, turns, draw)
     codec.save(out)

@@ -24,7 +24,7 @@ LOOKS = 2  # every scene is drawn in two looks, so that a prompt can change the 
 
 
 class Strips(NamedTuple):
-    """latents: (scenes, LOOKS, PHASES, COLUMNS, rows, channels) float16      words: (scenes, LOOKS, 3) concept numbers"""
+    """latents: (scenes, LOOKS, PHASES, COLUMNS, rows, channels) float16    words: (scenes, LOOKS, 3) concept numbers"""
 
     latents: torch.Tensor
     words: torch.Tensor
@@ -53,7 +53,9 @@ def build_strips(codec: TinyWorldCodec, scenes: int, seed: int, path: Path | Non
         if len(kept["latents"]) == scenes:
             return Strips(kept["latents"], kept["words"])
     rng = np.random.default_rng(seed)
-    latents = torch.empty(scenes, LOOKS, PHASES, COLUMNS, world.HEIGHT // SPACE, codec.latent_channels, dtype=torch.float16)
+    latents = torch.empty(
+        scenes, LOOKS, PHASES, COLUMNS, world.HEIGHT // SPACE, codec.latent_channels, dtype=torch.float16
+    )
     words = torch.empty(scenes, LOOKS, 3, dtype=torch.long)
     for i in range(scenes):
         scene = world.random_scene(rng)
@@ -81,7 +83,7 @@ def camera_script(chunks: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def view(strip: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Views of strips (n, PHASES, COLUMNS, rows, channels) at yaws (n, f) of 8/3 pixels -> (n, f, channels, rows, VIEW)."""
+    """Strips (n, PHASES, COLUMNS, rows, channels) seen at yaws (n, f) of 8/3 pixels -> (n, f, channels, rows, VIEW)."""
     n, frames = units.shape
     columns = (units.div(PHASES, rounding_mode="floor")[..., None] + torch.arange(VIEW)) % COLUMNS
     cut = strip[torch.arange(n)[:, None, None], (units % PHASES)[..., None], columns]

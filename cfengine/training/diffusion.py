@@ -37,7 +37,7 @@ def sampler_sigmas(config: EngineConfig) -> Tensor:
 
 
 def draw_sigmas(shape: tuple[int, ...], levels: Tensor, shift: float, draw: np.random.Generator) -> Tensor:
-    """Three of four noise levels from the sampler's, the last one twice as often; the others from the whole schedule."""
+    """Three of four noise levels from the sampler's, the last twice as often; the others from the whole schedule."""
     weight = np.ones(len(levels))
     weight[-1] = 2
     chosen = levels[torch.from_numpy(draw.choice(len(levels), size=shape, p=weight / weight.sum()))]
@@ -69,7 +69,9 @@ def corrupt(truth: Tensor, made: Tensor | None, draw: np.random.Generator) -> Te
     return context + amount[..., None, None, None, None] * torch.randn(truth.shape)
 
 
-def training_step(world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+def training_step(
+    world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Loss of one step, and x0 (B, C, ...) as the model now sees it through the least noise drawn for each chunk."""
     B, C = batch.latents.shape[:2]
     levels = sampler_sigmas(config)
@@ -89,7 +91,14 @@ def training_step(world: World, config: EngineConfig, batch: Batch, context: Ten
 
 
 def train_diffusion(
-    out: Path, config: EngineConfig, strips: Strips, seed: int, steps: int, report: Callable[[str, dict], None], *, peak: float = 2e-3
+    out: Path,
+    config: EngineConfig,
+    strips: Strips,
+    seed: int,
+    steps: int,
+    report: Callable[[str, dict], None],
+    *,
+    peak: float = 2e-3,
 ) -> World:
     """Train to `steps` steps, going on from `out` where it exists; returns the averaged network."""
     torch.manual_seed(seed)

@@ -87,7 +87,7 @@ def page_table(key_mean: Tensor, memory: MemoryConfig, slow: int) -> tuple[Tenso
 
 
 def _attend(block: Block, normed: Tensor, where: Places, memory: MemoryConfig, streams: int) -> Tensor:
-    """Self-attention of all streams over the pages of stream 0; normed (G, B, C, T, dim) -> the last `streams` of them."""
+    """Self-attention of the last `streams` streams over the pages of stream 0; normed (G, B, C, T, dim)."""
     attention = block.self_attn
     G, B, C, T, dim = normed.shape
     c, heads, head_dim = memory.chunk_frames, attention.heads, attention.head_dim
@@ -100,7 +100,10 @@ def _attend(block: Block, normed: Tensor, where: Places, memory: MemoryConfig, s
     values = attention.v(normed).unflatten(-1, (heads, head_dim))
     query = attention.norm_q(attention.q(normed[G - streams :])).unflatten(-1, (heads, head_dim))
     query = turn(query, where.query)
-    seen = [pool[0].reshape(B * C * c, T // c, heads, head_dim)[pages.flatten()].unflatten(0, (B, C, -1)) for pool in (keys, values)]
+    seen = [
+        pool[0].reshape(B * C * c, T // c, heads, head_dim)[pages.flatten()].unflatten(0, (B, C, -1))
+        for pool in (keys, values)
+    ]
     context_keys = turn(seen[0], where.context).flatten(2, 3)
     own_keys, own_values = turn(keys[G - streams :], where.own), values[G - streams :]
     wide = [part.expand(streams, *part.shape) for part in (context_keys, seen[1].flatten(2, 3))]
@@ -140,7 +143,9 @@ def _patches(model: CausalDiT, latents: Tensor) -> Tensor:
     return tokens.view(*latents.shape[:3], -1, tokens.shape[-1])
 
 
-def flow(model: CausalDiT, memory: MemoryConfig, clean: Tensor, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+def flow(
+    model: CausalDiT, memory: MemoryConfig, clean: Tensor, noisy: Tensor, timestep: Tensor, text: Tensor
+) -> Tensor:
     """Predict the flow of noisy chunks under the memory of the clean ones.
 
     clean: (B, C, c, channels, h, w)      noisy: (K, B, C, c, channels, h, w)      timestep: (K, B, C), 0 .. 1000

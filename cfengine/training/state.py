@@ -79,7 +79,9 @@ class Progress:
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (RuntimeError, KeyError, ValueError) as problem:
-            raise CheckpointError(f"training state {path} is of another model ({problem}); delete it or choose another --out") from problem
+            raise CheckpointError(
+                f"training state {path} is of another model ({problem}); delete it or choose another --out"
+            ) from problem
         self.step = state["step"]
         self.draw.bit_generator.state = state["draw"]
         torch.set_rng_state(state["torch"])

@@ -1,0 +1,198 @@
+"""Does the small world keep its promises? Generated video measured with the renderer's own geometry.
+
+Each seed draws a look and a camera script, streams it through `Engine` with the prompt changing at chunk edges, and is
+measured at the last frame of every chunk. A second session per seed continues true rendered latents, whose landmarks
+must stay what and where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cfengine import Engine
+from cfengine.bench.records import record, write
+from cfengine.training import measure, world
+from cfengine.training.data import camera_script
+
+CHUNK_SECONDS = world.CHUNK_VIDEO_FRAMES / world.FPS
+GOALS = {  # name: (unit, goal, True where less is better)
+    "pan_chunks_within_25_percent": ("share", 0.95, False),
+    "hold_shift_worst": ("pixel/frame", 0.5, True),
+    "landmark_views_right": ("share", 0.8, False),
+    "primed_landmark_views_right": ("share", 0.8, False),
+    "palette_views_right": ("share", 1.0, False),
+    "palette_error_last_tenth": ("levels of 255", 12.0, True),
+    "sharpness": ("share of codec", 0.7, False),
+    "sharpness_last_tenth": ("share of codec", 0.7, False),
+}
+PALETTE_LIMIT = 12.0  # mean levels that sky or ground may be off; neighbouring looks differ by 40 and more
+FIT = 0.8  # intersection over union with the template; true renders reach 0.95, a wrong shape at most 0.7
+PRIMED_CHUNKS, PRIMED_MORE = 4, 8
+
+
+def stretches(rates: np.ndarray) -> list[tuple[int, int]]:
+    """(first chunk, rate) of every stretch of equal rates."""
+    begins = [0, *(np.flatnonzero(np.diff(rates)) + 1)]
+    return [(int(b), int(rates[b])) for b in begins]
+
+
+def stream(session, rates: np.ndarray, look: world.Look) -> np.ndarray:
+    """Frames of a session whose prompt follows the script: (9 + 12 (chunks - 1), H, W, 3)."""
+    turns = dict(stretches(rates))
+    frames = []
+    for chunk in range(len(rates)):
+        if chunk in turns:
+            session.set_prompt(world.prompt_for(turns[chunk], look))
+        frames += [frame.pixels for frame in session.next_chunk()]
+    return np.stack(frames)
+
+
+def follow(seen: list[measure.Seen], after: list[measure.Seen], shift: float) -> tuple[int, int]:
+    """(right, views): landmarks of one frame that must be whole in the next, and are there with shape and colour."""
+    right = views = 0
+    for landmark in seen:
+        expected = landmark.centre - shift
+        if not 18 <= expected <= world.WIDTH - 18:
+            continue
+        views += 1
+        right += any(
+            abs(other.centre - expected) < 3
+            and (other.shape, other.colour) == (landmark.shape, landmark.colour)
+            and other.fit >= FIT
+            for other in after
+        )
+    return right, views
+
+
+def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]) -> None:
+    """Stream from the prompt alone and collect what every chunk shows."""
+    draw = np.random.default_rng([seed, 1])
+    look, rates = world.random_look(draw), camera_script(chunks, draw)
+    with engine.session(world.prompt_for(int(rates[0]), look), seed=seed) as session:
+        video = stream(session, rates, look)
+    ends = world.FIRST_CHUNK_VIDEO_FRAMES - 1 + world.CHUNK_VIDEO_FRAMES * np.arange(chunks)
+    views = [measure.landmarks_in(video[end], look) for end in ends]
+    for c in range(1, chunks):
+        rate, moved = int(rates[c]), measure.image_shift(video[ends[c - 1]], video[ends[c]])
+        if rate:
+            totals["pan"].append(abs(moved - rate) <= 0.25 * abs(rate))
+        else:
+            totals["hold"].append(abs(moved) / world.CHUNK_VIDEO_FRAMES)
+        totals["landmarks"].append(follow(views[c - 1], views[c], rate))
+    errors = [measure.palette_error(video[end], look) for end in ends]
+    totals["palette"] += [error <= PALETTE_LIMIT for error in errors]
+    totals["palette_late"] += errors[-max(1, chunks // 10) :]
+    totals["seen"] += [len(view) for view in views]
+    codec = engine.codec
+    truth = world.render(world.random_scene(draw, look), world.camera_yaws(rates, draw.uniform(0, world.TURN)))
+    again = codec.decoder().decode(codec.encoder().encode(truth))
+    late = slice(-max(12, len(video) // 10), None)
+    totals["sharp"].append((measure.gradient_energy(video), measure.gradient_energy(again)))
+    totals["sharp_late"].append((measure.gradient_energy(video[late]), measure.gradient_energy(again[late])))
+
+
+def measure_primed(engine: Engine, seed: int, totals: dict[str, list]) -> None:
+    """Continue a true video and look for the landmarks that were whole at its end and must still be in view."""
+    draw = np.random.default_rng([seed, 2])
+    scene = world.random_scene(draw)
+    before, after = (int(draw.choice(list(world.RATES.values()))) for _ in range(2))
+    rates = np.asarray([before] * PRIMED_CHUNKS + [after] * PRIMED_MORE)
+    yaws = world.camera_yaws(rates, draw.uniform(0, world.TURN))
+    primed = world.FIRST_CHUNK_VIDEO_FRAMES + world.CHUNK_VIDEO_FRAMES * (PRIMED_CHUNKS - 1)
+    latents = engine.codec.encoder().encode(world.render(scene, yaws[:primed]))
+    with engine.session(world.prompt_for(before, scene.look), seed=seed, latents=latents) as session:
+        video = stream(session, rates[PRIMED_CHUNKS:], scene.look)
+    known = [
+        measure.Seen(centre, mark.shape, mark.colour, 1.0)
+        for mark in scene.landmarks
+        if 14 < (centre := (mark.bearing / world.DEGREES_PER_PIXEL - yaws[primed - 1]) % world.TURN) < world.WIDTH - 14
+    ]
+    for c in range(PRIMED_MORE):
+        shift = yaws[primed + 12 * c + 11] - yaws[primed - 1]
+        found = measure.landmarks_in(video[12 * c + 11], scene.look)
+        totals["primed"].append(follow(known, found, shift))
+
+
+def share(pairs: list[tuple[float, float]]) -> float:
+    """Sum of the first over sum of the second."""
+    return float(sum(a for a, _ in pairs) / max(1e-9, sum(b for _, b in pairs)))
+
+
+def evaluate(engine: Engine, seeds: range, seconds: float, say=lambda text: None) -> dict[str, float]:
+    """Measure every promise over `seeds`; returns name -> value, the names of GOALS and `landmarks_a_view`."""
+    totals: dict[str, list] = defaultdict(list)
+    chunks = max(3, round(seconds / CHUNK_SECONDS))
+    for seed in seeds:
+        measure_free(engine, seed, chunks, totals)
+        measure_primed(engine, seed, totals)
+        say(
+            f"seed {seed}: pans {np.mean(totals['pan'] or [1]):.3f}, hold {max(totals['hold'] or [0]):.3f}, landmarks "
+            f"{share(totals['landmarks']):.3f}, primed {share(totals['primed']):.3f}, palette "
+            f"{np.mean(totals['palette']):.3f}, sharpness {share(totals['sharp']):.3f}"
+        )
+    return {
+        "pan_chunks_within_25_percent": float(np.mean(totals["pan"] or [1])),
+        "hold_shift_worst": float(max(totals["hold"] or [0])),
+        "landmark_views_right": share(totals["landmarks"]),
+        "primed_landmark_views_right": share(totals["primed"]),
+        "palette_views_right": float(np.mean(totals["palette"])),
+        "palette_error_last_tenth": float(np.mean(totals["palette_late"])),
+        "sharpness": share(totals["sharp"]),
+        "sharpness_last_tenth": share(totals["sharp_late"]),
+        "hold_shift_p99": float(np.percentile(totals["hold"] or [0], 99)),
+        "landmarks_a_view": float(np.mean(totals["seen"])),
+    }
+
+
+def records(values: dict[str, float], config: dict) -> list[dict]:
+    """One record a value; `baseline` is the goal and `ratio` value / goal, where there is a goal."""
+    made = []
+    for name, value in values.items():
+        unit, goal, _ = GOALS.get(name, ("pixel/frame" if "hold" in name else "landmarks", None, False))
+        made.append(record(name, value, unit, goal, None if goal is None else value / goal, config))
+    return made
+
+
+def missed(values: dict[str, float]) -> list[str]:
+    """Sentences for the goals that were not reached."""
+    return [
+        f"{name} is {values[name]:.3f} {unit}, goal {'at most' if less else 'at least'} {goal}"
+        for name, (unit, goal, less) in GOALS.items()
+        if (values[name] > goal if less else values[name] < goal)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write records, and exit with 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m cfengine.bench.world", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+
+    with torch.inference_mode(), Engine.from_pretrained("tiny-world") as engine:
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        values = evaluate(engine, seeds, options.seconds, say)
+    for name, value in values.items():
+        sys.stdout.write(f"{name:32s} {value:8.3f}\n")
+    if options.json:
+        config = {"model": "tiny-world", "seeds": options.seeds, "seconds": options.seconds}
+        write(options.json, records(values, config))
+    problems = missed(values)
+    for sentence in problems:
+        say(sentence)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
