@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(f"{entry['name']:<28}{entry['value']:>10.4g} {entry['unit']}\n")
         rss = " and ".join(f"{size / 2**20:.1f}" for size in result.rss_bytes)
         sys.stdout.write(
-            f"chunk {result.early * 1e3:.2f} ms early, {result.late * 1e3:.2f} ms late; at 10 % and 100 % of the stream: "
+            f"chunk {result.early * 1e3:.2f} ms early, {result.late * 1e3:.2f} ms late; at 10 % and at the end: "
             f"pool {result.pool_bytes[0]} and {result.pool_bytes[1]} bytes, RSS {rss} MiB\n"
         )
         if options.json:

@@ -20,11 +20,11 @@ def timed(function: Callable, *arguments) -> float:
 
 
 class Gemm:
-    """Rate of this machine's matrix products: the median of every shape, and the best shape counts."""
+    """Rate of this machine's matrix products: those of the feed-forward and a square one; the best median counts."""
 
-    def __init__(self, config: EngineConfig, dtype: torch.dtype, square: int = 2048) -> None:
+    def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
         tokens = config.memory.chunk_frames * config.page_tokens
-        dim, ffn = config.model.dim, config.model.ffn_dim
+        dim, ffn, square = config.model.dim, config.model.ffn_dim, 5 * config.model.dim
         self.times: list[tuple[float, list[float]]] = []
         self.operands = []
         for m, k, n in ((tokens, dim, ffn), (tokens, ffn, dim), (square, square, square)):

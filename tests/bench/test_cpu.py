@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from cfengine.bench.synthetic import EngineRun, chunk_inputs, random_weights
 from cfengine.bench.timing import difference
 from cfengine.config import EngineConfig, MemoryConfig
 from cfengine.errors import CFEngineError, ConfigError
+from cfengine.testing.traces import dit_config, load_trace
 
 pytestmark = pytest.mark.cpu
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 MEMORIES = {
     "released": MemoryConfig(),
     "rolls": MemoryConfig(sink=2, slow=3, fast=4, rope_length=9),
@@ -59,6 +62,27 @@ def test_baseline_equals_engine(memory):
         assert cache.sources == table.sources.tolist()
 
 
+@torch.inference_mode()
+def test_baseline_equals_a_trace_of_the_released_code():
+    trace = load_trace(DATA / "dit_cf_roll.safetensors")
+    config, frames = dit_config(trace), trace.value("chunk_frames")
+    weights = {name.removeprefix("model."): t for name, t in trace.tensors.items() if name.startswith("model.")}
+    baseline = ReferenceMethod(weights, config.model, config.memory, config.sampler, config.grid)
+    noise, renoise = trace.tensor("in.noise").split(frames), trace.tensor("in.renoise")
+    passes = []
+    for index, start in enumerate(range(0, trace.value("frames"), frames)):
+        prompt = trace.tensor("in.prompt_embeds")[0]
+        latents = baseline.chunk(noise[index], renoise[index], prompt, start, passes)
+        assert difference(latents, trace.tensor("out.latents")[start : start + frames])[0] <= LIMIT
+        for cache, expected in zip(baseline.layers, trace.value("steps")[len(passes) - 1]["layers"], strict=True):
+            assert cache.sources == expected["token_source_frame"]
+            assert cache.end.item() == expected["local_end_index"]
+    actions = {layer["action"] for step in trace.value("steps") for layer in step["layers"]}
+    assert actions == {"none", "fill", "roll"}
+    for part, name in enumerate(("out.flow_pred", "out.x0")):
+        assert difference(torch.stack([step[part] for step in passes]), trace.tensor(name))[0] <= LIMIT
+
+
 def test_another_rule_is_noticed():
     config, prompt, baseline, engine = both(MemoryConfig(), MemoryConfig(threshold=-2.0))
     found = errors(config, prompt, baseline, engine)
@@ -80,15 +104,7 @@ def test_flops_of_a_chunk():
     assert flops["linear"] == passes * (layers * per_layer + 2 * tokens * dim * (64 + 64))
 
 
-@pytest.fixture
-def threads():
-    """Give torch its threads back after a run that sets them."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_quick_run_writes_records(tmp_path, capsys, threads):
+def test_quick_run_writes_records(tmp_path, capsys):
     path = tmp_path / "records.json"
     assert cpu.main(["--quick", "--threads", "1", "--json", str(path)]) == 0
     records = {record["name"]: record for record in json.loads(path.read_text())}
@@ -116,7 +132,7 @@ def test_wrong_latents_are_not_timed(monkeypatch):
         contest.fill(lambda text: None)
 
 
-def test_missing_folder_is_named_before_any_work(tmp_path, capsys, threads):
+def test_missing_folder_is_named_before_any_work(tmp_path, capsys):
     assert cpu.main(["--quick", "--threads", "1", "--json", str(tmp_path / "gone" / "records.json")]) == 1
     shown = capsys.readouterr()
     assert "gone" in shown.err and "checked frames" not in shown.out

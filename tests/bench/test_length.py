@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import pytest
-import torch
 
 from cfengine.bench import length
 from cfengine.errors import CFEngineError, ConfigError
@@ -15,16 +14,7 @@ pytestmark = pytest.mark.cpu
 FRAMES = 900  # latent frames: 300 chunks, so that chunks 50 to 150 and the last 100 do not meet
 
 
-@pytest.fixture
-def one_thread():
-    """One thread, whose processor time is its work; threads that wait for each other burn time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_length_costs_nothing(one_thread):
+def test_length_costs_nothing():
     result = length.stream(FRAMES, clock=time.process_time)
     assert len(result.chunk_seconds) == FRAMES // 3
     assert result.pool_bytes[0] == result.pool_bytes[1] > 0
