@@ -1,10 +1,10 @@
 """Live AI video: a runtime for autoregressive video diffusion with a long memory.
 
-    from cfengine import Engine
+from cfengine import Engine
 
-    with Engine.from_pretrained("tiny-world") as engine:
-        for frame in engine.stream("pan right over a desert at sunset", num_frames=81):
-            ...  # frame.pixels: (height, width, 3) uint8
+with Engine.from_pretrained("tiny-world") as engine:
+    for frame in engine.stream("pan right over a desert at sunset", num_frames=81):
+        ...  # frame.pixels: (height, width, 3) uint8
 """
 
 from __future__ import annotations

@@ -65,9 +65,11 @@ class MemoryConfig:
         if self.chunk_frames < 1:
             raise ConfigError(f"chunk_frames is {self.chunk_frames}; it must be at least 1")
         if not 0 <= self.keep <= self.chunk_frames:
-            raise ConfigError(f"keep is {self.keep}; a promotion stores between 0 and chunk_frames = {self.chunk_frames} frames")
+            raise ConfigError(
+                f"keep is {self.keep}; a promotion stores between 0 and chunk_frames = {self.chunk_frames} frames"
+            )
         if self.slots < self.chunk_frames:
-            raise ConfigError(f"{self.slots} slots cannot hold a chunk of {self.chunk_frames} frames; enlarge the memory")
+            raise ConfigError(f"{self.slots} slots cannot hold a chunk of {self.chunk_frames}; enlarge the memory")
         if self.policy.startswith("slow_fast") or self.policy == "uniform":
             if self.fast < self.chunk_frames:
                 raise ConfigError(
@@ -75,7 +77,7 @@ class MemoryConfig:
                     "set MemoryConfig.fast to at least chunk_frames"
                 )
         if self.policy == "uniform" and self.interval < 1:
-            raise ConfigError("policy 'uniform' needs MemoryConfig.interval >= 1, the distance in latent frames between kept frames")
+            raise ConfigError("policy 'uniform' needs MemoryConfig.interval >= 1: latent frames between kept ones")
 
     @property
     def slots(self) -> int:
@@ -107,7 +109,9 @@ class VideoConfig:
         for name in ("width", "height"):
             value = getattr(self, name)
             if value < unit or value % unit:
-                raise ConfigError(f"{name} {value} is not a multiple of {unit} (codec stride {self.spatial_stride} x patch 2)")
+                raise ConfigError(
+                    f"{name} {value} is not a multiple of {unit} (codec stride {self.spatial_stride} x patch 2)"
+                )
 
     @property
     def latent_height(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from cfengine.config import PRESETS, EngineConfig, cache_dir, preset, with_polic
 from cfengine.errors import CFEngineError, ConfigError, PromptError
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT, CrossCache
-from cfengine.model.text import CachedTextEncoder, TextEncoder, UMT5Encoder
+from cfengine.model.text import CachedTextEncoder, TextEncoder
 from cfengine.model.text_tiny import TinyTextEncoder
 from cfengine.model.weights import infer_config, load_dit
-from cfengine.ops import select
+from cfengine.ops import BUILD_HINT, compiled, select
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import Schedule
 from cfengine.segments.torch import TorchSegments
@@ -30,9 +31,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.b
 class Engine:
     """A causal video diffusion model, ready to stream.
 
-        with Engine.from_pretrained("tiny-world") as engine:
-            for frame in engine.stream("pan right over a desert at sunset", seed=1, num_frames=81):
-                show(frame.pixels)
+    with Engine.from_pretrained("tiny-world") as engine:
+        for frame in engine.stream("pan right over a desert at sunset", seed=1, num_frames=81):
+            show(frame.pixels)
     """
 
     def __init__(
@@ -48,7 +49,12 @@ class Engine:
         """Take ready parts; `from_pretrained` loads them. model is moved to device and dtype and laid out here."""
         self.config, self.codec, self.text = config, codec, text
         self.device, self.dtype = device, dtype
-        self.ops = select(torch.device(device).type, dict(config.kernels))
+        kind = torch.device(device).type
+        self.ops = select(kind, dict(config.kernels))
+        if kind == "cpu" and not compiled() and not config.kernels:
+            warnings.warn(
+                f"compiled CPU kernels are missing, so plain torch serves, slower; {BUILD_HINT}", stacklevel=2
+            )
         self.model = model.to(device=device, dtype=dtype).prepare()
         segments = TorchSegments(self.model, self.ops, config.grid)
         self._scheduler = ChunkScheduler(self.model, segments, Schedule(config.sampler))
@@ -64,6 +70,8 @@ class Engine:
         dtype: torch.dtype | str | None = None,
         config: EngineConfig | None = None,
         policy: str | None = None,
+        size: tuple[int, int] | None = None,
+        taehv: str | Path | None = None,
         threads: int | None = None,
     ) -> Engine:
         """Load a preset, a local checkpoint (file or folder) or a hub id.
@@ -71,7 +79,8 @@ class Engine:
         dtype: "float32" or "bfloat16" (default: float32 for the shipped model, bfloat16 for the others)
         config: overrides the preset's configuration; a checkpoint without one is taken as Context Forcing at the sizes
         its tensors show      policy: another memory rule over the same number of slots
-        threads: for torch and the compiled kernels, process-wide
+        size: (width, height) in pixels      taehv: `taew2_1` weights (file, folder or hub id) to decode with, not the
+        Wan VAE      threads: for torch and the compiled kernels, process-wide
         Raises ConfigError, CheckpointError or KernelError.
         """
         if threads is not None:
@@ -79,19 +88,26 @@ class Engine:
                 raise ConfigError(f"threads is {threads}; it must be at least 1")
             torch.set_num_threads(threads)
         if device != "cpu" and not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r} needs CUDA, which torch {torch.__version__} does not find; use device='cpu'")
+            raise ConfigError(
+                f"device {device!r} needs CUDA, which torch {torch.__version__} does not find; use device='cpu'"
+            )
         name = str(source)
         if config is None:
             config = cls._config_of(name)
         if policy is not None:
             config = dataclasses.replace(config, memory=with_policy(config.memory, policy))
+        if size is not None:
+            config = dataclasses.replace(config, video=dataclasses.replace(config.video, width=size[0], height=size[1]))
+        if taehv is not None:
+            config = dataclasses.replace(config, codec="taehv")
         shipped = WEIGHTS / name if name in PRESETS and not PRESETS[name].dit_source else None
         kind = _dtype(dtype) or (torch.float32 if shipped else torch.bfloat16)
         if shipped:
             dit, codec, text = (str(shipped / f"{part}.safetensors") for part in ("dit", "codec", "text"))
         else:
             dit = config.dit_source if name in PRESETS else name
-            codec = text = config.base_source
+            codec = text = name if _is_wan_folder(name) else config.base_source
+        codec = str(taehv or codec)
         with torch.device("meta"):
             model = CausalDiT(config.model)
         model.load_state_dict(load_dit(dit, config.model, dtype=kind, device=device), assign=True)
@@ -104,7 +120,9 @@ class Engine:
         if name in PRESETS:
             return preset(name)
         if "/" not in name and not Path(name).exists():
-            raise ConfigError(f"unknown model {name!r}: no such file or folder, and the presets are {', '.join(PRESETS)}")
+            raise ConfigError(
+                f"unknown model {name!r}: no such file or folder, and the presets are {', '.join(PRESETS)}"
+            )
         known = next((p for p in PRESETS.values() if p.dit_source == name), PRESETS["context-forcing"])
         return dataclasses.replace(known, name=name, model=infer_config(name))
 
@@ -176,7 +194,15 @@ def _text_encoder(config: EngineConfig, source: str, device: str) -> TextEncoder
         return TinyTextEncoder.from_file(source)
     if config.text != "umt5":
         raise ConfigError(f"unknown text encoder {config.text!r}; choose tiny_world or umt5")
-    return CachedTextEncoder(lambda: UMT5Encoder.from_pretrained(source, device=device), cache_dir() / "prompts")
+    model = config.model
+    return CachedTextEncoder.umt5(
+        source, cache_dir() / "prompts", device=device, text_dim=model.text_dim, text_len=model.text_len
+    )
+
+
+def _is_wan_folder(name: str) -> bool:
+    """True for a local folder that brings its own VAE, and so its text encoder: a whole Wan release."""
+    return any((Path(name) / part).exists() for part in ("Wan2.1_VAE.pth", "vae"))
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

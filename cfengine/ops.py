@@ -7,6 +7,7 @@ built raises an error that says how to build it; nothing falls back in silence.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +26,10 @@ class Candidate(NamedTuple):
 
 # (operation, device type) -> implementations, best first. `reference` runs everywhere torch does.
 TABLE: dict[tuple[str, str], tuple[Candidate, ...]] = {
-    (op, "cpu"): (Candidate("cpu", f"cfengine.kernels.{op}.cpu"), Candidate("reference", f"cfengine.kernels.{op}.reference"))
+    (op, "cpu"): (
+        Candidate("cpu", f"cfengine.kernels.{op}.cpu"),
+        Candidate("reference", f"cfengine.kernels.{op}.reference"),
+    )
     for op in ("paged_attention", "qk_norm_rope_store", "modulated_norm", "gated_residual", "slow_fast_update")
 } | {("cross_attention", "cpu"): (Candidate("reference", "cfengine.kernels.cross_attention.reference"),)}
 
@@ -55,7 +59,9 @@ def load(op: str, candidate: Candidate) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(candidate.module), op)
     except ImportError as error:
-        raise KernelError(f"{op}: implementation {candidate.name!r} is not available ({error}); {BUILD_HINT}") from error
+        raise KernelError(
+            f"{op}: implementation {candidate.name!r} is not available ({error}); {BUILD_HINT}"
+        ) from error
 
 
 def select(device: str = "cpu", choices: Mapping[str, str] | None = None, prefer: str | None = None) -> Ops:
@@ -89,6 +95,11 @@ def select(device: str = "cpu", choices: Mapping[str, str] | None = None, prefer
         else:
             raise failure or KernelError(f"{op} has no implementation on {device}")
     return Ops(**functions, names=names)
+
+
+def compiled() -> bool:
+    """True where the compiled extension can be imported."""
+    return importlib.util.find_spec("cfengine._C") is not None
 
 
 def implementations(device: str = "cpu") -> list[str]:

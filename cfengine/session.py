@@ -49,7 +49,7 @@ class Session:
         self._use(self._scenes[0])
 
     def _plan(self, prompt: str) -> list[Scene]:
-        """Scenes of the prompt: Infinity-RoPE's window reads `a[3s] | b`, every other policy takes the text as it is."""
+        """Scenes of the prompt: Infinity-RoPE's window reads `a[3s] | b`, other policies take the text as it is."""
         memory = self.config.memory
         if memory.policy == "relative_window" and memory.sink == 1:
             frames = memory.chunk_frames * self.config.video.temporal_stride
@@ -84,7 +84,7 @@ class Session:
         frames, shape = self.config.memory.chunk_frames, self._latent_shape
         if latents.ndim != 4 or latents.shape[0] == 0 or latents.shape[0] % frames or tuple(latents.shape[1:]) != shape:
             raise ConfigError(
-                f"latents to prime from are {tuple(latents.shape)}; they must be a multiple of {frames} frames of {shape}"
+                f"latents to prime from are {tuple(latents.shape)}; give a multiple of {frames} frames of {shape}"
             )
         self._finish_chunk()
         for chunk in latents.float().split(frames):
@@ -158,7 +158,7 @@ class Session:
         return [Frame(image, first + i, (first + i) / fps, timings) for i, image in enumerate(pixels)]
 
     def frames(self, num_frames: int | None = None) -> Iterator[Frame]:
-        """Yield frames as their chunks are decoded; None goes on for ever. Any positive number: the last chunk is cut."""
+        """Yield frames as chunks are decoded; None goes on for ever, any other number cuts the last chunk."""
         check_num_frames(num_frames)
         return self._frames(num_frames)
 
@@ -166,8 +166,7 @@ class Session:
         left = num_frames
         while left is None or left > 0:
             chunk = self.next_chunk()
-            for frame in chunk if left is None else chunk[:left]:
-                yield frame
+            yield from chunk if left is None else chunk[:left]
             left = None if left is None else left - len(chunk)
 
     @property
@@ -195,7 +194,9 @@ class Session:
 def check_num_frames(num_frames: int | None) -> None:
     """Raise ConfigError unless `num_frames` is None or a positive whole number."""
     if num_frames is not None and (not isinstance(num_frames, (int, np.integer)) or num_frames < 1):
-        raise ConfigError(f"num_frames is {num_frames!r}; it must be a positive whole number, or None for an endless stream")
+        raise ConfigError(
+            f"num_frames is {num_frames!r}; it must be a positive whole number, or None for an endless stream"
+        )
 
 
 def check_seed(seed: int) -> None:

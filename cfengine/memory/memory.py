@@ -29,7 +29,9 @@ class Memory:
         """Size of keys and values, fixed for the life of the session."""
         return self.pool.bytes
 
-    def attend(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor], step: Pass) -> Tensor | None:
+    def attend(
+        self, layer: int, q: Tensor | None, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor], step: Pass
+    ) -> Tensor | None:
         """Write the chunk's pages, let the rule move ids, attend.
 
         q, k, v: (tokens, dim) before norms; q None leaves the pages up to date and attends to nothing

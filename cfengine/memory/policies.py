@@ -166,7 +166,9 @@ class Window:
         if overflow:
             moved = row.end - overflow - sink
             if moved < 0:
-                raise ConfigError(f"a window of {slots} slots with a sink of {sink} has no room for a chunk of {frames}; enlarge it")
+                raise ConfigError(
+                    f"a window of {slots} slots with a sink of {sink} has no room for a chunk of {frames}; enlarge it"
+                )
             for values in (row.ids, row.sources):
                 values[sink : sink + moved] = values[sink + overflow : sink + overflow + moved]
         row.end += first + frames - row.seen - overflow

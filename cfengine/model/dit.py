@@ -80,7 +80,9 @@ class Block(nn.Module):
         self.eps = config.eps
         self.self_attn, self.cross_attn = Attention(config), Attention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     @torch.no_grad()
@@ -104,7 +106,9 @@ class Block(nn.Module):
         q, k, v = F.linear(normed, self.qkv_weight, self.qkv_bias).split(dim, dim=-1)
         return q, k, v
 
-    def post_attention(self, ops: Ops, x: Tensor, attended: Tensor, modulation: Tensor, cross: CrossCache, after, observe=None):
+    def post_attention(
+        self, ops: Ops, x: Tensor, attended: Tensor, modulation: Tensor, cross: CrossCache, after, observe=None
+    ):
         """Everything that follows the attention; returns x and the norm that the next half starts with.
 
         x: (tokens, dim), updated in place      attended: (tokens, heads, head_dim)      modulation: (6, 1, dim)
@@ -142,7 +146,9 @@ class CausalDiT(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=config.patch, stride=config.patch)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
@@ -165,8 +171,8 @@ class CausalDiT(nn.Module):
         frames, channels, height, width = latents.shape
         if height % ph or width % pw or channels != self.config.in_channels:
             raise ConfigError(
-                f"latent of {channels} channels, {height}x{width}, does not fit a model of {self.config.in_channels} channels "
-                f"and patches of {ph}x{pw}"
+                f"latent of {channels} channels, {height}x{width}, does not fit a model of "
+                f"{self.config.in_channels} channels and patches of {ph}x{pw}"
             )
         patches = latents.to(self.dtype).unflatten(-1, (-1, pw)).unflatten(-3, (-1, ph))  # f c R p C q
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
@@ -209,7 +215,8 @@ class CausalDiT(nn.Module):
         n, text_len = embeds.shape[0], self.config.text_len
         if embeds.shape[-1] != self.config.text_dim or not 0 < n <= text_len:
             raise ConfigError(
-                f"prompt embedding is {tuple(embeds.shape)}; the model takes 1 to {text_len} tokens of width {self.config.text_dim}"
+                f"prompt embedding is {tuple(embeds.shape)}; the model takes 1 to {text_len} tokens "
+                f"of width {self.config.text_dim}"
             )
         rows = embeds.to(self.patch_embedding.weight)
         bias = torch.zeros(n, device=rows.device)

@@ -27,7 +27,9 @@ class ChunkScheduler:
             self._modulations[timestep] = self.model.modulate(timestep)
         return self._modulations[timestep]
 
-    def _pass(self, memory: Memory, x: Tensor, step: Pass, timestep: float, cross, *, full: bool = True, trace=None) -> Tensor | None:
+    def _pass(
+        self, memory: Memory, x: Tensor, step: Pass, timestep: float, cross, *, full: bool = True, trace=None
+    ) -> Tensor | None:
         flow = walk(self.segments, memory, x, step, self.modulation(timestep), cross, full=full, observe=trace)
         memory.end_pass()
         return flow
@@ -63,7 +65,15 @@ class ChunkScheduler:
 
     @torch.inference_mode()
     def clean_pass(
-        self, memory: Memory, cross: list[CrossCache], start_frame: int, x0: Tensor, *, cut: bool = False, full: bool = False, trace=None
+        self,
+        memory: Memory,
+        cross: list[CrossCache],
+        start_frame: int,
+        x0: Tensor,
+        *,
+        cut: bool = False,
+        full: bool = False,
+        trace=None,
     ) -> tuple[Tensor, Tensor] | None:
         """Turn x0 into context: a pass at the context timestep (0) whose keys and values stay.
 

@@ -25,7 +25,9 @@ class Schedule:
     def __init__(self, config: SamplerConfig) -> None:
         bad = [step for step in config.steps if not 0 < step <= LENGTH]
         if bad or not config.steps:
-            raise ConfigError(f"sampler step {bad[0] if bad else 'list'} is outside 1..{LENGTH}; set SamplerConfig.steps")
+            raise ConfigError(
+                f"sampler step {bad[0] if bad else 'list'} is outside 1..{LENGTH}; set SamplerConfig.steps"
+            )
         u = torch.linspace(1.0, 0.0, LENGTH + 1)[:-1]
         self.sigmas = config.shift * u / (1 + (config.shift - 1) * u)
         self.timesteps = self.sigmas * LENGTH

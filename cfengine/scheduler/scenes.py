@@ -31,7 +31,9 @@ def parse_scenes(prompt: str, *, fps: int = 16, frames_per_chunk: int = 12) -> l
         chunks = max(1, int(float(match.group(1)) * fps / frames_per_chunk)) if match else DEFAULT_CHUNKS
         text = _DURATION.sub("", part).strip()
         if not text:
-            raise PromptError(f"scene {len(scenes) + 1} of {prompt!r} has no text; write what it shows before the duration")
+            raise PromptError(
+                f"scene {len(scenes) + 1} of {prompt!r} has no text; write what it shows before the duration"
+            )
         scenes.append(Scene(text, chunks, cut))
         cut = "#" in part
     return scenes

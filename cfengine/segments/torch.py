@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
 from cfengine.model.dit import CausalDiT, CrossCache, Modulation
 from cfengine.ops import Ops
@@ -23,7 +23,9 @@ class TorchSegments:
         attention = self.model.blocks[layer].self_attn
         return attention.norm_q.weight, attention.norm_k.weight
 
-    def first(self, latents: Tensor, modulation: Modulation, *, keys_only: bool = False, observe=None) -> tuple[Tensor, Projected]:
+    def first(
+        self, latents: Tensor, modulation: Modulation, *, keys_only: bool = False, observe=None
+    ) -> tuple[Tensor, Projected]:
         """Latents (frames, channels, height, width) to tokens and the first block's q, k, v."""
         x = self.model.embed(latents)
         if observe:
@@ -33,7 +35,15 @@ class TorchSegments:
         return x, self.model.blocks[0].pre_attention(normed, keys_only=keys_only)
 
     def middle(
-        self, layer: int, x: Tensor, attended: Tensor, modulation: Modulation, cross: CrossCache, *, keys_only: bool = False, observe=None
+        self,
+        layer: int,
+        x: Tensor,
+        attended: Tensor,
+        modulation: Modulation,
+        cross: CrossCache,
+        *,
+        keys_only: bool = False,
+        observe=None,
     ) -> tuple[Tensor, Projected]:
         """Second half of `layer` and first half of the next."""
         after = tuple(modulation.blocks[layer + 1][:2])

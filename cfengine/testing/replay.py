@@ -137,7 +137,9 @@ def replay_memory(trace: Trace, ops: Ops) -> Report:
     scales = {name: trace.tensor(name).abs().max().item() for name in ("y", "k_repr", "slot_k_norm", "slot_v_norm")}
     for i, (x, expected) in enumerate(zip(inputs, steps, strict=True)):
         if x.shape != (frames * config.page_tokens, config.model.dim):
-            raise TraceError(f"{trace.path}: x[{i}] is {tuple(x.shape)}, expected {(frames * config.page_tokens, config.model.dim)}")
+            raise TraceError(
+                f"{trace.path}: x[{i}] is {tuple(x.shape)}, expected {(frames * config.page_tokens, config.model.dim)}"
+            )
         step = Pass(expected["start_frame"], clean=expected["pass"] == last_pass)
         attended = memory.attend(0, module.q(x), module.k(x), module.v(x), norms, step)
         results = {"y": module.o(attended.flatten(-2)), "k_repr": memory.tables.layers[0].last_key}
@@ -178,7 +180,8 @@ class _DitReplay:
         if "warped_steps" in trace.meta:
             self.report.tensor("warped_steps", torch.tensor(schedule.warped), torch.tensor(trace.meta["warped_steps"]))
         self.scales = {
-            name: trace.tensor(name).abs().max().item() for name in ("out.flow_pred", "out.x0", "out.latents", "dbg.slot_norms")
+            name: trace.tensor(name).abs().max().item()
+            for name in ("out.flow_pred", "out.x0", "out.latents", "dbg.slot_norms")
         }
 
     def part(self, name: str, index: int | slice, got: Tensor) -> None:
@@ -207,7 +210,11 @@ class _DitReplay:
         prefix, model = f"dbg.{index:03d}.", self.model
         e = model.embed_time(timestep)
         text = model.text_embedding(embeds)
-        for name, got in (("time_embedding", e), ("time_projection", model.project_time(e).flatten()), ("text_embedding", text)):
+        for name, got in (
+            ("time_embedding", e),
+            ("time_projection", model.project_time(e).flatten()),
+            ("text_embedding", text),
+        ):
             if prefix + name in self.trace.tensors:
                 self.report.tensor(prefix + name, got, self.trace.tensors[prefix + name])
 
@@ -304,7 +311,9 @@ def expand(arguments: list[str]) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cfengine.testing.replay", description="Replay golden traces.")
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_DIR")
-    parser.add_argument("--impl", choices=("reference", "cpu", "triton", "cuda"), help="implementation to use where it exists")
+    parser.add_argument(
+        "--impl", choices=("reference", "cpu", "triton", "cuda"), help="implementation to use where it exists"
+    )
     options = parser.parse_args(argv)
     write = sys.stdout.write
     try:
@@ -330,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
                 worst, worst_where = error, f"{path.name}, {name}"
         write(f"{len(paths)} files, {tensors} tensors, worst {worst:.2e} ({worst_where})\n")
         if failures:
-            write(f"{failures} of {len(paths)} files differ beyond tolerance {TOLERANCE:g} or in a table, action or counter\n")
+            write(f"{failures} of {len(paths)} files differ: beyond {TOLERANCE:g}, or in a table, action or counter\n")
         return 1 if failures else 0
     except CFEngineError as error:
         sys.stderr.write(f"error: {error}\n")

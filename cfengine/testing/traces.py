@@ -71,7 +71,14 @@ def memory_config(trace: Trace) -> EngineConfig:
     return EngineConfig(
         name=trace.path.stem,
         model=ModelConfig(
-            dim=value("dim"), ffn_dim=4, heads=value("num_heads"), layers=1, eps=value("eps"), text_dim=4, text_len=4, freq_dim=4
+            dim=value("dim"),
+            ffn_dim=4,
+            heads=value("num_heads"),
+            layers=1,
+            eps=value("eps"),
+            text_dim=4,
+            text_len=4,
+            freq_dim=4,
         ),
         memory=MemoryConfig(
             policy="slow_fast" if by_similarity else "uniform",
@@ -142,7 +149,9 @@ def dit_config(trace: Trace) -> EngineConfig:
 
 
 def _dit_memory(repo: str, chunk_frames: int, kwargs: dict[str, Any]) -> MemoryConfig:
-    """Map the official model_kwargs to a policy."""
+    """Map the official model_kwargs to a policy; rope_length 0 makes the Context Forcing code a Self-Forcing window."""
+    if repo == "cf" and not kwargs["rope_length"]:
+        repo, kwargs = "sf", {"local_attn_size": kwargs["cache_size"], "sink_size": 0}
     if repo == "cf":
         by_similarity = kwargs["keyframe_sample"] == "sim"
         return MemoryConfig(
@@ -158,4 +167,6 @@ def _dit_memory(repo: str, chunk_frames: int, kwargs: dict[str, Any]) -> MemoryC
         )
     window = 21 if kwargs["local_attn_size"] == -1 else kwargs["local_attn_size"]
     sink = kwargs["sink_size"]
-    return MemoryConfig(policy=_POLICIES[repo], sink=sink, slow=0, fast=window - sink, chunk_frames=chunk_frames, slots_override=window)
+    return MemoryConfig(
+        policy=_POLICIES[repo], sink=sink, slow=0, fast=window - sink, chunk_frames=chunk_frames, slots_override=window
+    )

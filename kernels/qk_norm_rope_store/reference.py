@@ -7,7 +7,9 @@ import torch
 from ..rope import axis_pairs, rotate, spatial_table
 
 
-def qk_norm_rope_store(q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0):
+def qk_norm_rope_store(
+    q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0
+):
     """q' = R_s rms(q) * norm_q;  page[page_ids[f]] = R_s rms(k) * norm_k, v of frame f;  mean of the unrotated keys.
 
     The norm spans the full model width (Wan 2.1: `qk_norm`), the rotation R_s rows and columns only.

@@ -23,7 +23,9 @@ DIM = 4
 
 
 def setup(memory: MemoryConfig) -> tuple[Tables, object]:
-    config = EngineConfig("t", model=ModelConfig(dim=DIM, ffn_dim=4, heads=1, layers=1), memory=memory, video=VideoConfig(16, 16))
+    config = EngineConfig(
+        "t", model=ModelConfig(dim=DIM, ffn_dim=4, heads=1, layers=1), memory=memory, video=VideoConfig(16, 16)
+    )
     return Tables(config), make_policy(memory, OPS)
 
 
@@ -61,7 +63,7 @@ PAPER = MemoryConfig(policy="slow_fast_paper", sink=3, slow=2, fast=6, rope_leng
 
 
 def test_paper_rule_by_hand():
-    """Two slow slots, chunks of 3. Odd chunks 1, 3, 7, 9 differ from their predecessor and are marked, chunk 5 is not."""
+    """Two slow slots, chunks of 3. Chunks 1, 3, 7, 9 differ from the chunk before and are marked, chunk 5 is not."""
     tables, policy = setup(PAPER)
     angles = [0, 30, 60, 90, 120, 130, 160, 190, 220, 250]
     seen = [run_chunk(tables, policy, 3 * i, angle)[-1] for i, angle in enumerate(angles)]
@@ -74,7 +76,9 @@ def test_paper_rule_by_hand():
     assert sources[5] == [0, 1, 2, 3, 9, 12, 13, 14, 15, 16, 17]  # chunk 3 joins; slow memory is full
     assert sources[7] == [0, 1, 2, 3, 9, 18, 19, 20, 21, 22, 23]  # chunk 5 (130 after 120 degrees) was not novel
     assert sources[9] == [0, 1, 2, 9, 21, 24, 25, 26, 27, 28, 29]  # chunk 7 joins, the oldest slow page goes
-    assert [s["action"] for s in seen] == [NONE] * 10  # a promotion happens when the next chunk enters, not on its clean pass
+    assert [s["action"] for s in seen] == [
+        NONE
+    ] * 10  # a promotion happens when the next chunk enters, not on its clean pass
     assert seen[5]["sim"] == pytest.approx(math.cos(math.radians(10)), abs=1e-6)
     assert math.isnan(seen[4]["sim"])
 
@@ -139,7 +143,7 @@ def test_window_policies_by_hand():
 
 
 def test_scene_flush_and_cut_by_hand():
-    """Infinity-RoPE: a scene keeps the first frame and the last two slots; a cut moves the chunk to positions 45..47."""
+    """Infinity-RoPE: a scene keeps the first frame and the last two slots; a cut jumps to positions 45..47."""
     tables, policy = setup(MemoryConfig(policy="relative_window", sink=1, slow=0, fast=8))
     for i in range(4):
         run_chunk(tables, policy, 3 * i, 0.0)
@@ -162,10 +166,17 @@ def test_scene_flush_and_cut_by_hand():
     keep=st.integers(0, 1),
 )
 def test_tables_stay_sound(policy, chunk, sink, slow, extra, degrees, keep):
-    """Whatever happens: pages to write are never shown, the newest chunk is always attended, nothing leaves its range."""
+    """Pages to write are never shown, the newest chunk is always attended, nothing leaves its range."""
     sink = 0 if policy == "fifo" else sink
     memory = MemoryConfig(
-        policy=policy, sink=sink, slow=slow, fast=chunk + extra, chunk_frames=chunk, keep=keep, rope_length=21, interval=2
+        policy=policy,
+        sink=sink,
+        slow=slow,
+        fast=chunk + extra,
+        chunk_frames=chunk,
+        keep=keep,
+        rope_length=21,
+        interval=2,
     )
     tables, rule = setup(memory)
     for i, angle in enumerate(degrees):

@@ -43,7 +43,9 @@ def test_x0_undoes_renoise():
 def test_noise_depends_on_place_alone():
     whole = chunk_noise(7, 0, 6, 0, (16, 4, 5))
     assert torch.equal(whole[3:], chunk_noise(7, 3, 3, 0, (16, 4, 5)))
-    others = [counter_noise(*key, (16, 4, 5)) for key in ((7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0), (2**64 - 1, 0, 0))]
+    others = [
+        counter_noise(*key, (16, 4, 5)) for key in ((7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0), (2**64 - 1, 0, 0))
+    ]
     for i, one in enumerate(others):
         assert not any(torch.equal(one, other) for other in others[i + 1 :])
 

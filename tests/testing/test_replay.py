@@ -86,7 +86,12 @@ def test_bad_files_are_refused(tmp_path, capsys):
     cut.write_bytes(good.read_bytes()[:5000])
     shutil.copy(good.with_suffix(".json"), tmp_path / "cut.json")
     odd = edited(tmp_path, "memory_fastmin", lambda _, description: description.update(kind="video"))
-    for path, says in ((tmp_path / "none.safetensors", "does not exist"), (alone, "alone.json"), (cut, "safetensors"), (odd, "kind")):
+    for path, says in (
+        (tmp_path / "none.safetensors", "does not exist"),
+        (alone, "alone.json"),
+        (cut, "safetensors"),
+        (odd, "kind"),
+    ):
         assert replay.main([str(path)]) == 2
         assert says in capsys.readouterr().err
     empty = tmp_path / "empty"
