@@ -86,7 +86,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Few-step flow matching: `steps` are indices counted from the noisy end of a schedule of 1,000, warped by `shift`."""
+    """Few-step flow matching: `steps` count from the noisy end of a schedule of 1,000, warped by `shift`."""
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
@@ -96,7 +96,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Pixels and their clock. The first latent frame of a stream decodes to 1 video frame, each later one to `temporal_stride`."""
+    """Pixels and their clock. A stream's first latent frame decodes to 1 video frame, later ones to `temporal_stride`."""
 
     width: int = 832
     height: int = 480
