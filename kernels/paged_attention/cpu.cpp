@@ -180,7 +180,14 @@ CF_INLINE void place_values(F32, const T* row, const T*, float* to, int64_t bloc
 }
 #if CF_LEVEL == 3
 CF_INLINE void place_values(Dot, const bf16* even, const bf16* odd, float* to, int64_t block, int head_dim) {
-    for (int c = 0; c < head_dim; c += M, to += block)
+    int c = 0;
+    for (; odd && c + 2 * M <= head_dim; c += 2 * M, to += 2 * block) {
+        const vu low = __builtin_convertvector(*reinterpret_cast<const vh_mem*>(even + c), vu);
+        const vu both = low | __builtin_convertvector(*reinterpret_cast<const vh_mem*>(odd + c), vu) << 16;
+        std::memcpy(to, &both, 4 * M);
+        std::memcpy(to + block, reinterpret_cast<const char*>(&both) + 4 * M, 4 * M);
+    }
+    for (; c < head_dim; c += M, to += block)
         for (int i = 0; i < M; ++i) {
             const uint32_t low = c + i < head_dim ? even[c + i] : 0;
             const uint32_t high = odd && c + i < head_dim ? odd[c + i] : 0;
@@ -196,8 +203,9 @@ void pack(const PagedAttentionArgs& a, const Plan& p, int head, int tile, float*
     float* keys = packed + tile * p.key_tile;
     float* values = packed + p.tiles * p.key_tile + tile * p.value_tile;
     const T* last = nullptr;
-    for (int k = 0; k < rows; ++k) {
-        const int slot = (first + k) / a.page_tokens, row = (first + k) % a.page_tokens;
+    int slot = first / a.page_tokens, row = first % a.page_tokens;
+    for (int k = 0; k < rows; ++k, ++row) {
+        if (row == a.page_tokens) row = 0, ++slot;
         const int64_t page = a.page_ids[slot];
         const T* key = static_cast<const T*>(a.k_pages) + page * a.k_stride[0] + row * a.k_stride[1] + head * a.k_stride[2];
         const T* value = static_cast<const T*>(a.v_pages) + page * a.v_stride[0] + row * a.v_stride[1] + head * a.v_stride[2];
