@@ -11,6 +11,7 @@ import torch
 
 from cfengine.bench import cpu
 from cfengine.bench.baseline import ReferenceMethod, chunk_flops
+from cfengine.bench.length import make_engine
 from cfengine.bench.synthetic import EngineRun, chunk_inputs, random_weights
 from cfengine.bench.timing import difference
 from cfengine.config import EngineConfig, MemoryConfig
@@ -136,3 +137,13 @@ def test_missing_folder_is_named_before_any_work(tmp_path, capsys):
     assert cpu.main(["--quick", "--threads", "1", "--json", str(tmp_path / "gone" / "records.json")]) == 1
     shown = capsys.readouterr()
     assert "gone" in shown.err and "checked frames" not in shown.out
+
+
+def test_stream_is_timed_with_a_full_memory():
+    with make_engine(cpu.QUICK) as engine:
+        found = cpu.stream_record(engine, seconds=3)
+    shape = found["config"]
+    assert found["name"] == "tiny_world_fps" and found["unit"] == "frames/s" and found["value"] > 0
+    assert shape["memory_full"] and shape["slots_in_use"] == 21 and shape["chunks_before"] == 7
+    assert shape["chunks"] == 4 and shape["frames_per_chunk"] == 12  # 48 frames at 16 a second
+    assert shape["slowest_chunk_seconds"] >= 12 / found["value"]
