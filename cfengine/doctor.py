@@ -15,6 +15,7 @@ from pathlib import Path
 from cfengine.config import PRESETS, cache_dir
 
 INSTALL = "pip install -e ."
+DEFAULT_PRESET = "tiny-world"
 MARKS = {"ok": ("green", "ok"), "note": ("yellow", "--"), "missing": ("red", "missing")}
 
 # distribution, module it is imported as, what it is for, extra of this package that brings it ("" for the base)
@@ -141,15 +142,16 @@ def operations() -> Iterator[Finding]:
 
 
 def weights() -> Iterator[Finding]:
-    """Weights on this machine, and the cache folder."""
-    shipped = Path(__file__).parent / "weights"
-    files = sorted(shipped.rglob("*.safetensors"))
-    if files:
-        size = sum(file.stat().st_size for file in files) / 1e6
-        yield Finding("tiny-world", f"{len(files)} files, {size:.1f} MB in {shipped}")
+    """Weights on this machine, and the folder for caches."""
+    shipped = Path(__file__).parent / "weights" / DEFAULT_PRESET
+    files = [shipped / f"{part}.safetensors" for part in ("dit", "codec", "text")]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        remedy = f"clone the repository again, or train them: python -m cfengine.training train --out {shipped}"
+        yield Finding(DEFAULT_PRESET, f"no {', '.join(absent)} in {shipped}", "missing", remedy)
     else:
-        remedy = "git lfs pull, or clone the repository again; python -m cfengine.training makes them anew"
-        yield Finding("tiny-world", f"no weights in {shipped}", "missing", remedy)
+        size = sum(file.stat().st_size for file in files) / 1e6
+        yield Finding(DEFAULT_PRESET, f"{len(files)} files, {size:.1f} MB in {shipped}")
     for source in dict.fromkeys(s for c in PRESETS.values() for s in (c.dit_source, c.base_source) if s):
         yield _hub_finding(source)
     cache = cache_dir()
