@@ -28,7 +28,8 @@ def packages() -> list[str]:
 def compiler() -> str | None:
     """Return the C++ compiler that CMake would take, or None."""
     chosen = os.environ.get("CXX")
-    return next((path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None)
+    names = [chosen] if chosen else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 class CMakeBuild(build_ext):
@@ -71,9 +72,9 @@ class CMakeBuild(build_ext):
     @staticmethod
     def loss(error: Exception) -> str:
         return (
-            f"cfengine is installed without its compiled kernels ({error}). Everything works, several times slower: plain "
-            "torch serves every operation. Install a C++ compiler (Debian, Ubuntu: apt install g++ python3-dev) and "
-            "cmake (pip install cmake), then repeat the installation."
+            f"cfengine is installed without its compiled kernels ({error}). Everything works, several times slower: "
+            "plain torch serves every operation. Install a C++ compiler (Debian, Ubuntu: apt install g++ python3-dev) "
+            "and cmake (pip install cmake), then repeat the installation."
         )
 
 

@@ -19,16 +19,18 @@ def device_name() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
     """Return the commit of the checkout that holds this file, `-dirty` appended where it differs, or `unknown`."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or "unknown"
+        done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -51,7 +53,8 @@ def write(path: str | Path, records: list[dict]) -> None:
     """Write records as one JSON list; OutputError where the place cannot be written to."""
     path = Path(path)
     if not path.resolve().parent.is_dir():
-        raise OutputError(f"folder {path.resolve().parent} does not exist; make it first, or give another path than {path}")
+        parent = path.resolve().parent
+        raise OutputError(f"folder {parent} does not exist; make it first, or give another path than {path}")
     try:
         path.write_text(json.dumps(records, indent=2) + "\n")
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Operations: one folder each, with the meaning in plain torch (`reference.py`) and faster implementations beside it."""
+"""Operations, a folder each: the meaning in plain torch (`reference.py`), faster implementations beside it."""

@@ -12,15 +12,19 @@ FLOATS = (torch.float32, torch.bfloat16)
 def check_tensor(op: str, name: str, tensor, dims: int, dtypes, device: str = "cpu") -> None:
     """Raise KernelError unless `tensor` has `dims` axes, one of `dtypes`, the device type and a unit last stride."""
     if tensor.device.type != device:
-        raise KernelError(f"{op}: {name} is on {tensor.device} but this implementation runs on {device}; move it with .to({device!r})")
+        where = f"{name} is on {tensor.device} but this implementation runs on {device}"
+        raise KernelError(f"{op}: {where}; move it with .to({device!r})")
     if tensor.dim() != dims:
-        raise KernelError(f"{op}: {name} has {tensor.dim()} axes, shape {tuple(tensor.shape)}, but {dims} are expected; reshape it")
+        found = f"{tensor.dim()} axes, shape {tuple(tensor.shape)}"
+        raise KernelError(f"{op}: {name} has {found}, but {dims} are expected; reshape it")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(tensor.dtype).removeprefix("torch.")
-        raise KernelError(f"{op}: {name} is {got} but {wanted} is expected; cast it, or choose implementation 'reference'")
+        remedy = "cast it, or choose implementation 'reference'"
+        raise KernelError(f"{op}: {name} is {got} but {wanted} is expected; {remedy}")
     if dims and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise KernelError(f"{op}: the last stride of {name} is {tensor.stride(-1)} but must be 1; call .contiguous() on it")
+        stride = tensor.stride(-1)
+        raise KernelError(f"{op}: the last stride of {name} is {stride} but must be 1; call .contiguous() on it")
 
 
 def check_size(op: str, name: str, found: int, expected: int, meaning: str) -> None:

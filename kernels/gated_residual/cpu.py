@@ -30,12 +30,14 @@ def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6
     normed, norm_operands, norm_frames = None, (0, 0, 0, 0), 1
     if shift is not None:
         shift, scale = float_rows(OP, "shift", shift, dim), float_rows(OP, "scale", scale, dim)
-        norm_operands, norm_frames = (shift.data_ptr(), shift.stride(0), scale.data_ptr(), scale.stride(0)), shift.shape[0]
+        norm_operands = (shift.data_ptr(), shift.stride(0), scale.data_ptr(), scale.stride(0))
+        norm_frames = shift.shape[0]
         check_size(OP, "frames of scale", scale.shape[0], norm_frames, "frames of shift")
         check_divides(OP, "tokens of x", tokens, "frames of shift", norm_frames)
         normed = torch.empty((tokens, dim), dtype=x.dtype)
     _C.gated_residual(
         x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), *gate_operand, gate_frames, *norm_operands, norm_frames,
-        0 if normed is None else normed.data_ptr(), dim, tokens, dim, eps, x.dtype == torch.bfloat16, torch.get_num_threads(),
+        0 if normed is None else normed.data_ptr(), dim, tokens, dim, eps, x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )  # fmt: skip
     return x, normed

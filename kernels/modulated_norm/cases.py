@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 
 def make(shape: Shape, dtype: torch.dtype, seed: int = 0):
-    """Return x, shift, scale; x has a mean, as activations do, and both factors are views of one tensor, as in the model."""
+    """Return x, shift, scale; x has a mean, as activations do; both factors are views of one tensor."""
     generator = torch.Generator().manual_seed(seed)
     frames, page_tokens, dim = shape
     x = torch.randn(frames * page_tokens, dim, generator=generator) * 3 + 5

@@ -20,7 +20,7 @@ def modulated_norm(x, shift, scale, *, eps: float = 1e-6):
     check_divides(OP, "tokens of x", tokens, "frames of shift", shift.shape[0])
     out = torch.empty((tokens, dim), dtype=x.dtype)
     _C.modulated_norm(
-        x.data_ptr(), x.stride(0), shift.data_ptr(), shift.stride(0), scale.data_ptr(), scale.stride(0), out.data_ptr(), dim,
-        tokens, shift.shape[0], dim, eps, x.dtype == torch.bfloat16, torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), shift.data_ptr(), shift.stride(0), scale.data_ptr(), scale.stride(0), out.data_ptr(),
+        dim, tokens, shift.shape[0], dim, eps, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -36,4 +36,5 @@ def make(shape: Shape, dtype: torch.dtype, seed: int = 0):
     q, k, v = torch.randn(frames * rows * columns, 3 * dim, generator=generator).to(dtype).split(dim, dim=1)
     norm_q, norm_k = (1 + 0.1 * torch.randn(2, dim, generator=generator)).to(dtype)
     k_pages, v_pages = torch.zeros(2, pool, rows * columns, heads, head_dim, dtype=dtype)
-    return q, k + 0.5, v, norm_q, norm_k, k_pages, v_pages, torch.randperm(pool, generator=generator)[:frames].int(), (rows, columns)
+    page_ids = torch.randperm(pool, generator=generator)[:frames].int()
+    return q, k + 0.5, v, norm_q, norm_k, k_pages, v_pages, page_ids, (rows, columns)

@@ -16,7 +16,7 @@ OP = "qk_norm_rope_store"
 
 @lru_cache(maxsize=32)
 def turn_table(rows: int, columns: int, head_dim: int, theta: float) -> torch.Tensor:
-    """(rows * columns, 2, head_dim) float32: cosine of every channel's pair, then its sine as (-s, s); time pairs stay."""
+    """(rows * columns, 2, head_dim) float32: cosine of each channel's pair, then sine as (-s, s); time pairs stay."""
     table = spatial_table(rows, columns, head_dim, theta)
     turns = torch.zeros(rows * columns, 2, head_dim // 2, 2)
     turns[:, 0] = 1.0
@@ -25,7 +25,9 @@ def turn_table(rows: int, columns: int, head_dim: int, theta: float) -> torch.Te
     return turns.flatten(2)
 
 
-def qk_norm_rope_store(q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0):
+def qk_norm_rope_store(
+    q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0
+):
     """See `reference.qk_norm_rope_store`. float32 or bfloat16, one type for all of q, k, v and the pages."""
     check_tensor(OP, "k", k, 2, FLOATS)
     check_tensor(OP, "v", v, 2, (k.dtype,))
@@ -53,9 +55,11 @@ def qk_norm_rope_store(q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid
     mean = torch.empty(dim)
     turns = turn_table(*grid, head_dim, theta)
     _C.qk_norm_rope_store(
-        *query, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), 0 if q is None else norm_q.data_ptr(), norm_k.data_ptr(),
-        k_pages.data_ptr(), k_pages.stride()[:3], v_pages.data_ptr(), v_pages.stride()[:3], page_ids.data_ptr(), turns.data_ptr(),
-        0 if out is None else out.data_ptr(), mean.data_ptr(), tokens, page_ids.shape[0], pages, page_tokens, heads, head_dim,
-        eps, k.dtype == torch.bfloat16, torch.get_num_threads(),
+        *query, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+        0 if q is None else norm_q.data_ptr(), norm_k.data_ptr(),
+        k_pages.data_ptr(), k_pages.stride()[:3], v_pages.data_ptr(), v_pages.stride()[:3],
+        page_ids.data_ptr(), turns.data_ptr(), 0 if out is None else out.data_ptr(), mean.data_ptr(),
+        tokens, page_ids.shape[0], pages, page_tokens, heads, head_dim, eps,
+        k.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return out, mean

@@ -9,9 +9,10 @@ import torch
 from .reference import SlowFastRule, SlowFastTable
 
 
-def rule(sink=3, slow=12, fast=6, chunk_frames=3, keep=1, rope_length=21, threshold=0.95, interval=0, slots=None) -> SlowFastRule:
+def rule(sink=3, slow=12, fast=6, chunk_frames=3, keep=1, rope_length=21, threshold=0.95, interval=0) -> SlowFastRule:
     """Return a rule; the defaults are those of the released model."""
-    return SlowFastRule(sink, slow, fast, slots or sink + slow + fast, chunk_frames, keep, rope_length, threshold, interval)
+    slots = sink + slow + fast
+    return SlowFastRule(sink, slow, fast, slots, chunk_frames, keep, rope_length, threshold, interval)
 
 
 RULES = (

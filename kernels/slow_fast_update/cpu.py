@@ -23,4 +23,5 @@ def slow_fast_update(table: SlowFastTable, key_mean, start_frame: int, rule: Slo
     for name, tensor, size in zip(SlowFastTable._fields, table, sizes, strict=True):
         check_tensor(OP, name, tensor, 1, (torch.float32 if name in ("last_key", "similarity") else torch.int32,))
         check_size(OP, f"length of {name}", tensor.shape[0], size, "the length that rule and key_mean ask for")
-    _C.slow_fast_update([t.data_ptr() for t in table], key_mean.data_ptr(), dim, start_frame, rule[:7], rule.threshold, rule.interval)
+    addresses = [tensor.data_ptr() for tensor in table]
+    _C.slow_fast_update(addresses, key_mean.data_ptr(), dim, start_frame, rule[:7], rule.threshold, rule.interval)

@@ -33,7 +33,7 @@ def compare(rules, chunks, seed):
                 # Both sum in float64, in another order, and round to float32 once.
                 assert math.isnan(ours) == math.isnan(theirs) and (math.isnan(ours) or abs(ours - theirs) < 1e-6)
             else:
-                assert torch.equal(ours, theirs), f"{name} differs at frame {start}: {ours.tolist()} != {theirs.tolist()}"
+                assert torch.equal(ours, theirs), f"{name} at frame {start}: {ours.tolist()} != {theirs.tolist()}"
         actions[int(found.decision[3])] += 1
     return actions
 
