@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,21 +29,25 @@ def fetch(source: str | Path, patterns: Sequence[str], what: str) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if not _HUB_ID.fullmatch(str(source)):
+    if not _HUB_ID.fullmatch(str(source)) or path.suffix in SUFFIXES:
         raise CheckpointError(
-            f"{what}: no file or folder {str(source)!r}, and it is not a hub id of the form owner/name"
+            f"{what}: no file or folder {str(source)!r}; check the path, or give a hub id (owner/name)"
         )
+    wanted = ", ".join(patterns)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+        path = Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise CheckpointError(
-            f"{what}: cannot fetch {', '.join(patterns)} from the hub repository {str(source)!r} "
-            f"({type(error).__name__}: {reason}); check the name and the network, "
+            f"{what}: {str(source)!r} is no local path, and {wanted} cannot be fetched from the hub repository of that "
+            f"name ({type(error).__name__}: {reason}); check the name and the network, "
             "or download the files yourself and pass their folder"
         ) from error
+    if not path.exists():
+        raise CheckpointError(f"{what}: the hub repository {str(source)!r} has none of {wanted}; check the name")
+    return path
 
 
 def find(folder: Path, stems: Iterable[str]) -> Path | None:
@@ -149,7 +152,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     try:  # files saved before torch 1.6 are no zip archives and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise _unreadable(path, error) from error
 
 

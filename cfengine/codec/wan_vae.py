@@ -54,8 +54,8 @@ def to_diffusers(name: str) -> str:
         return f"{half}.mid_block.{_MIDDLE.get(number, number)}.{part}.{kind}"
     if group == "downsamples":
         return f"{half}.down_blocks.{number}.{part}.{kind}"
-    stage, place = divmod(int(number), _RESNETS + 1)
-    place = "upsamplers.0" if place == _RESNETS else f"resnets.{place}"
+    stage, i = divmod(int(number), _RESNETS + 1)
+    place = "upsamplers.0" if i == _RESNETS else f"resnets.{i}"
     return f"{half}.up_blocks.{stage}.{place}.{part}.{kind}"
 
 
@@ -107,8 +107,8 @@ class WanVAECodec:
     spatial_stride = 8
     temporal_stride = STRIDE
 
-    def __init__(self, vae: nn.Module) -> None:
-        self.vae = vae.eval().requires_grad_(False)
+    def __init__(self, vae: Any) -> None:
+        self.vae: Any = vae.eval().requires_grad_(False)
         weight = next(vae.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.latent_channels: int = vae.config.z_dim

@@ -111,6 +111,9 @@ def merge_lora(
     merged = dict(state)
     for name, pair in halves.items():
         weight = state.get(f"{name}.weight")
+        if weight is None:
+            problems.append(f"{name}.weight is not among the base weights")
+            continue
         problem = _lora_problem(name, weight, pair)
         if problem:
             problems.append(problem)
@@ -128,11 +131,9 @@ def merge_lora(
     return merged
 
 
-def _lora_problem(name: str, weight: Tensor | None, pair: Mapping[str, Tensor]) -> str | None:
+def _lora_problem(name: str, weight: Tensor, pair: Mapping[str, Tensor]) -> str | None:
     if len(pair) != 2:
         return f"{name} has lora_{next(iter(pair))} without its other half"
-    if weight is None:
-        return f"{name}.weight is not among the base weights"
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(weight.shape):
         return f"{name}: B {list(b.shape)} times A {list(a.shape)} does not give the weight's {list(weight.shape)}"

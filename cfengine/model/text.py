@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfengine import checkpoint
 from cfengine.config import ModelConfig
@@ -92,7 +92,7 @@ def from_official(name: str) -> str:
 class UMT5Encoder:
     """The encoder half of UMT5, all of its tokens live (interface `TextEncoder`)."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, text_len: int = ModelConfig.text_len) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, text_len: int = ModelConfig.text_len) -> None:
         """Take a `transformers.UMT5EncoderModel` and its tokenizer."""
         self.model, self.tokenizer, self.text_len = model.eval().requires_grad_(False), tokenizer, text_len
         self.text_dim: int = model.config.d_model
@@ -209,8 +209,9 @@ class CachedTextEncoder:
             found = checkpoint.read_tensors(path).get("embedding")
         except CheckpointError:
             return None  # made again and overwritten by the caller
-        fits = found is not None and found.ndim == 2 and found.shape[1] == self.text_dim
-        return found if fits and 0 < found.shape[0] <= self.text_len else None
+        if found is None or found.ndim != 2 or found.shape[1] != self.text_dim:
+            return None
+        return found if 0 < found.shape[0] <= self.text_len else None
 
     def _write(self, path: Path, embedding: Tensor) -> None:
         from safetensors.torch import save

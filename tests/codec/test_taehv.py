@@ -1,5 +1,7 @@
 """TAEHV: the published layout, frame counts, and a stream that equals the whole video."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,31 @@ def test_the_layout_is_the_published_one():
     shapes = {name: tuple(tensor.shape) for name, tensor in TAEHV().state_dict().items()}
     assert {name: shapes.get(name) for name in LAYOUT} == LAYOUT
     assert "decoder.22.weight" in shapes and "decoder.8.bias" not in shapes and "encoder.3.bias" not in shapes
+
+
+def spread(shape, k):
+    """Numbers in -0.5..0.5 that look random, the same everywhere."""
+    steps = torch.arange(math.prod(shape), dtype=torch.float64)
+    return ((steps * 0.6180339887498949 + 0.123 * k) ** 2 % 1 - 0.5).view(shape)
+
+
+def test_the_arithmetic_is_the_published_one():
+    model = TAEHV()
+    state = model.state_dict()
+    for k, (name, tensor) in enumerate(state.items()):
+        state[name] = (spread(tensor.shape, k) * (4.5 / tensor[0].numel() ** 0.5 if tensor.ndim > 1 else 0.1)).float()
+    model.load_state_dict(state)
+    video = (torch.arange(5 * 16 * 16 * 3) * 37 % 256).view(5, 16, 16, 3).to(torch.uint8).numpy()
+    with torch.no_grad():
+        pixels = model.decoder.run((spread((3, 16, 2, 2), 0.5) * 4).float(), {})[3:]
+    latents = TAEHVCodec(model).encoder().encode(video)
+    # what the published implementation gave for these weights: its decoder before the clamp, frames 3 and later; its
+    # encoder on the video with its first frame three more times in front.  Five digits were kept; 30 layers of
+    # float32 leave an error of 1e-5 of values up to 10.
+    wanted = torch.tensor([0.22741, 5.85606, 2.51109, 4.17257, 0.85547, 5.81307, 0.65037, 5.96114, -0.51635])
+    torch.testing.assert_close(pixels[:, 1, 5, 9], wanted, rtol=0, atol=2e-4)
+    wanted = torch.tensor([[-0.1882, -3.67606, 1.54629, -2.66093], [1.8757, -6.85956, 2.62423, -4.42917]])
+    torch.testing.assert_close(latents[:, :4, 1, 0], wanted, rtol=0, atol=2e-4)
 
 
 def decode(codec, latents, sizes):

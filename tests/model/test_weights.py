@@ -302,3 +302,15 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(CheckpointError, match="name resolution failed.*check the name and the network"):
         load_dit("owner/model", SMALL)
+
+
+def test_a_repository_without_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "never made"))
+    with pytest.raises(CheckpointError, match="'owner/model' has none of config.json"):
+        load_dit("owner/model", SMALL)
+
+
+def test_a_mistyped_file_is_not_sought_on_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match="no file or folder 'models/model.pt'"):
+        load_dit("models/model.pt", SMALL)
