@@ -93,9 +93,9 @@ def infer_config(source: str | Path, *, heads: int | None = None, variant: str |
                 f"{path} has dim {sizes['dim']}, which is no multiple of Wan's head size {_WAN_HEAD_DIM}, "
                 "and no config.json beside it tells the heads; pass heads"
             )
-    patch = state["patch_embedding.weight"].shape[2:]
+    _, _, *patch = state["patch_embedding.weight"].shape  # three: _sizes has seen to it
     text_len = published.get("text_len", ModelConfig.text_len)
-    return ModelConfig(**sizes, heads=heads, patch=tuple(patch), text_len=text_len)
+    return ModelConfig(**sizes, heads=heads, patch=(patch[0], patch[1], patch[2]), text_len=text_len)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
