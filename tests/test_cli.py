@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from cfengine.types import ChunkTimings, Frame, LayerEvents
 from cfengine.video import read_video
 
 pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class FakeEngine:
@@ -205,6 +208,37 @@ def test_an_error_in_the_first_chunk_leaves_no_file(run, tmp_path):
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == "error: 'hills' is too long"
     assert os.listdir(tmp_path) == []
+
+
+def test_the_engine_behind_the_command(run, tmp_path, toy_engine):
+    result = run("generate", "a b", "--frames", "14", "--scale", "2", engine=toy_engine())
+    assert result.exit_code == 0, result.stderr
+    frames = list(read_video(tmp_path / "out.mp4"))
+    assert len(frames) == 14 and frames[0].shape == (64, 96, 3)
+
+
+def test_a_prompt_beyond_the_text_limit(run, tmp_path, toy_engine):
+    result = run("generate", "word " * 13, engine=toy_engine())
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: the prompt has 13 words; this encoder takes 12"
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_example_of_the_readme_runs(monkeypatch, toy_engine):
+    import cfengine
+
+    class ToyEngine:
+        @staticmethod
+        def from_pretrained(name):
+            assert name in PRESETS
+            return toy_engine()
+
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    monkeypatch.setattr(cfengine, "Engine", ToyEngine, raising=False)
+    names = {}
+    exec(example.replace("num_frames=129", "num_frames=14"), names)
+    assert names["frame"].index == 13
+    assert len(names["first"]) == 9 and len(names["second"]) == 12
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
