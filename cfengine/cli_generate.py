@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,8 @@ from cfengine.errors import CFEngineError, ConfigError, OutputError, PromptError
 from cfengine.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
+    from cfengine.cli_display import PlainDisplay
+    from cfengine.engine import Engine
     from cfengine.types import Frame
 
 DEFAULT_SECONDS = 4.0
@@ -60,6 +63,8 @@ class Request:
             raise ConfigError(f"--seed is {self.seed}; give a whole number of at least 0")
         if self.policy is not None and self.policy not in POLICIES:
             raise ConfigError(f"unknown policy {self.policy!r}; choose one of {', '.join(POLICIES)}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"unknown device {self.device!r}; give cpu, cuda or cuda:N")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if "/" not in self.model and not Path(self.model).exists():
@@ -187,7 +192,7 @@ def run(request: Request) -> int:
                 return stream(request, engine, tally, writer, stops, show)
 
 
-def load(request: Request):
+def load(request: Request) -> Engine:
     """Build the engine; the heavy imports happen here."""
     from cfengine import Engine
 
@@ -200,7 +205,9 @@ def load(request: Request):
     )
 
 
-def stream(request: Request, engine, tally: Tally, writer: VideoWriter, stops: StopRequests, show) -> int:
+def stream(
+    request: Request, engine: Engine, tally: Tally, writer: VideoWriter, stops: StopRequests, show: PlainDisplay
+) -> int:
     """Stream into the writer until done, stopped or failed; the file is closed and named in every case."""
     trouble: BaseException | None = None
     try:
@@ -222,7 +229,7 @@ def stream(request: Request, engine, tally: Tally, writer: VideoWriter, stops: S
     return finish(writer, tally, trouble, show)
 
 
-def finish(writer: VideoWriter, tally: Tally, trouble: BaseException | None, show) -> int:
+def finish(writer: VideoWriter, tally: Tally, trouble: BaseException | None, show: PlainDisplay) -> int:
     """Say what is in the file and return the exit code; an error before the first frame is raised as it came."""
     if trouble is not None and not writer.frames and not isinstance(trouble, KeyboardInterrupt):
         raise trouble
@@ -237,7 +244,7 @@ def finish(writer: VideoWriter, tally: Tally, trouble: BaseException | None, sho
         show.stopped(f"stopped after {writer.frames} of {tally.wanted} frames; {kept}")
         return exit_code(trouble)
     what = str(trouble) if isinstance(trouble, CFEngineError) else f"{type(trouble).__name__}: {trouble}"
-    show.failed(f"{what}")
+    show.failed(what)
     show.stopped(f"failed after {writer.frames} of {tally.wanted} frames; {kept}")
     if not isinstance(trouble, CFEngineError):
         sys.excepthook(type(trouble), trouble, trouble.__traceback__)

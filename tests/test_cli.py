@@ -103,6 +103,7 @@ def python(code, *arguments, **options):
         (["hills", "--policy", "lru"], ["'lru'", *POLICIES]),
         (["hills", "--model", "tiny-wrld"], ["'tiny-wrld'", *PRESETS]),
         (["hills", "--dtype", "int4"], ["'int4'", "float32"]),
+        (["hills", "--device", "tpu"], ["'tpu'", "cuda:N"]),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_loads(run, tmp_path, arguments, words):
