@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from cfengine.config import preset
 from cfengine.errors import CFEngineError
-from cfengine.training.recipe import Effort, export_average, train
-
-
-class Log:
-    """One line a report on standard error, and the same as JSON lines in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.begun = path, time.monotonic()
-
-    def __call__(self, stage: str, values: dict) -> None:
-        seconds = time.monotonic() - self.begun
-        words = " ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        sys.stderr.write(f"{seconds:8.1f} s  {stage:7s} {words}\n")
-        sys.stderr.flush()
-        with self.path.open("a") as file:
-            file.write(json.dumps({"seconds": round(seconds, 1), "stage": stage, **values}) + "\n")
+from cfengine.training.recipe import Effort, Log, averaged, train, write_weights
 
 
 def main() -> int:
@@ -37,7 +20,7 @@ def main() -> int:
     run = commands.add_parser("train", help="run the whole recipe; finished stages are skipped, others go on")
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--threads", type=int, default=2)
+    run.add_argument("--processes", type=int, default=2, help="one for each core")
     for name, default in Effort()._asdict().items():
         run.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     dump = commands.add_parser("export", help="write the averaged weights of an unfinished stage")
@@ -46,13 +29,14 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.command == "export":
-            step = export_average(options.state, preset("tiny-world"), options.folder)
+            world, step = averaged(options.state, preset("tiny-world"))
+            write_weights(world, options.folder)
             sys.stderr.write(f"weights of step {step} are in {options.folder}\n")
             return 0
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.processes)
         options.out.mkdir(parents=True, exist_ok=True)
         effort = Effort(*(getattr(options, name) for name in Effort._fields))
-        folder = train(options.out, options.seed, effort, Log(options.out / "log.jsonl"))
+        folder = train(options.out, options.seed, effort, Log(options.out / "log.jsonl"), processes=options.processes)
         sys.stderr.write(f"weights are in {folder}\n")
         return 0
     except CFEngineError as error:

@@ -13,7 +13,7 @@ from cfengine.codec.tiny_world import PairDecoder, PatchEncoder, TinyWorldCodec
 from cfengine.training import world
 from cfengine.training.optimiser import Both, schedule
 
-NOISE = 0.15  # largest size of the noise on unit-variance latents
+NOISE = 0.12  # largest size of the noise on unit-variance latents
 THIRDS = 3  # panoramas are drawn at steps of 1/3 pixel: every yaw of every camera script is a multiple of that
 
 
@@ -104,7 +104,7 @@ def train_codec(
         loss.backward()
         optimiser.step(schedule(step, steps, 3e-3, 40))
         if step % 25 == 0:
-            report("codec", {"step": step, "of": steps, "loss": float(loss)})
+            report("codec", {"step": step, "of": steps, "loss": loss.item()})
         if step % 100 == 99:
             state = {
                 "nets": nets.state_dict(),

@@ -46,8 +46,8 @@ def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:
         return codec.encoder_net(images).permute(0, 3, 2, 1).half()
 
 
-def build_strips(codec: TinyWorldCodec, scenes: int, seed: int, path: Path | None = None) -> Strips:
-    """Draw and encode `scenes` places in two looks each; kept at `path` for the next time."""
+def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Path | None = None) -> Strips:
+    """Draw and encode `scenes` places in two looks each; kept at `path`, where no codec is needed the next time."""
     if path is not None and path.exists():
         kept = load_file(path)
         if len(kept["latents"]) == scenes:

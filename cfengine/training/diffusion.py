@@ -19,14 +19,15 @@ from cfengine.config import EngineConfig
 from cfengine.training.data import Batch, Strips, draw_batch
 from cfengine.training.forward import flow
 from cfengine.training.optimiser import schedule
+from cfengine.training.parallel import draws, rank
 from cfengine.training.state import Progress, World
 
 COPIES = 2  # noisy copies of every chunk in a step
-LENGTHS = {  # chunks of a session, sessions in a batch: share of batches early, late
-    (4, 8): (0.45, 0.1),
-    (8, 4): (0.45, 0.35),
-    (16, 2): (0.1, 0.3),
-    (32, 1): (0.0, 0.25),
+LENGTHS = {  # chunks of a session, sessions in a batch of one process: share of batches early, late
+    (4, 4): (0.45, 0.1),
+    (8, 2): (0.45, 0.4),
+    (16, 1): (0.1, 0.32),
+    (28, 1): (0.0, 0.18),
 }
 
 
@@ -50,11 +51,11 @@ def spread(sigma: Tensor) -> Tensor:
     return sigma[..., None, None, None, None]
 
 
-def draw_sequence(strips: Strips, share: float, draw: np.random.Generator) -> Batch:
-    """A batch whose session length follows the curriculum."""
+def draw_sequence(strips: Strips, share: float, common: np.random.Generator, draw: np.random.Generator) -> Batch:
+    """A batch whose session length follows the curriculum and is the same in all processes."""
     blend = min(1.0, share / 0.4)
     weights = np.asarray([(1 - blend) * early + blend * late for early, late in LENGTHS.values()])
-    chunks, size = list(LENGTHS)[draw.choice(len(LENGTHS), p=weights / weights.sum())]
+    chunks, size = list(LENGTHS)[common.choice(len(LENGTHS), p=weights / weights.sum())]
     return draw_batch(strips, size, chunks, draw)
 
 
@@ -99,25 +100,26 @@ def train_diffusion(
     report: Callable[[str, dict], None],
     *,
     peak: float = 2e-3,
-) -> World:
-    """Train to `steps` steps, going on from `out` where it exists; returns the averaged network."""
+) -> None:
+    """Train to `steps` steps, going on from `out` where it exists, and leave the state there."""
     torch.manual_seed(seed)
-    progress = Progress(World(config.model), seed, decay=0.998)
+    progress = Progress(World(config.model), decay=0.998)
     progress.resume(out)
     mean = None
     while progress.step < steps:
         share = progress.step / steps
-        batch = draw_sequence(strips, share, progress.draw)
+        common, draw = draws(seed, progress.step)
+        batch = draw_sequence(strips, share, common, draw)
         made = None
         for _ in range(1 if share < 0.2 else 3):
-            context = corrupt(batch.latents, made, progress.draw)
-            loss, made = training_step(progress.world, config, batch, context, progress.draw)
+            context = corrupt(batch.latents, made, draw)
+            loss, made = training_step(progress.world, config, batch, context, draw)
             loss.backward()
             progress.advance(schedule(progress.step, steps, peak, 60))
-            mean = float(loss) if mean is None else 0.98 * mean + 0.02 * float(loss)
-            if progress.step % 20 == 0:
+            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+            if rank() == 0 and progress.step % 20 == 0:
                 report("dit", {"step": progress.step, "of": steps, "loss": mean})
-            if progress.step % 150 == 0:
+            if rank() == 0 and progress.step % 120 == 0:
                 progress.save(out)
-    progress.save(out)
-    return progress.average
+    if rank() == 0:
+        progress.save(out)

@@ -20,6 +20,7 @@ from cfengine.training.data import Strips
 from cfengine.training.diffusion import COPIES, corrupt, draw_sequence, sampler_sigmas, spread
 from cfengine.training.forward import flow
 from cfengine.training.optimiser import schedule
+from cfengine.training.parallel import draws, rank
 from cfengine.training.state import Progress, World
 
 PATH_STEPS = 6
@@ -85,28 +86,29 @@ def train_distil(
     report: Callable[[str, dict], None],
     *,
     peak: float = 5e-4,
-) -> World:
-    """Distil to `steps` steps, going on from `out` where it exists; returns the averaged student."""
+) -> None:
+    """Distil to `steps` steps, going on from `out` where it exists, and leave the state there."""
     torch.manual_seed(seed)
-    progress = Progress(copy.deepcopy(teacher).requires_grad_(True), seed, decay=0.99)
+    progress = Progress(copy.deepcopy(teacher).requires_grad_(True), decay=0.99)
     progress.resume(out)
     mean = None
     while progress.step < steps:
-        batch = draw_sequence(strips, 1.0, progress.draw)
+        common, draw = draws(seed, progress.step)
+        batch = draw_sequence(strips, 1.0, common, draw)
         made = None
         for _ in range(3):
-            context = corrupt(batch.latents, made, progress.draw)
-            own = made is not None and progress.draw.random() < 0.5
+            context = corrupt(batch.latents, made, draw)
+            own = made is not None and draw.random() < 0.5
             start = made if own else batch.latents
             loss, made = distil_step(
-                progress.world, teacher, config, batch.latents, batch.concepts, context, start, progress.draw
+                progress.world, teacher, config, batch.latents, batch.concepts, context, start, draw
             )
             loss.backward()
             progress.advance(schedule(progress.step, steps, peak, 20))
-            mean = float(loss) if mean is None else 0.95 * mean + 0.05 * float(loss)
-            if progress.step % 10 == 0:
+            mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
+            if rank() == 0 and progress.step % 10 == 0:
                 report("distil", {"step": progress.step, "of": steps, "loss": mean})
-            if progress.step % 60 == 0:
+            if rank() == 0 and progress.step % 60 == 0:
                 progress.save(out)
-    progress.save(out)
-    return progress.average
+    if rank() == 0:
+        progress.save(out)

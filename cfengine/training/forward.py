@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfengine.config import MemoryConfig
-from cfengine.kernels.rope import axis_frequencies, axis_pairs, spatial_table
-from cfengine.model.dit import Block, CausalDiT
+from cfengine.kernels.rope import axis_frequencies, axis_pairs
+from cfengine.model.dit import Block, CausalDiT, RMSNorm
 
 
 class Places(NamedTuple):
-    """Rotations of a sequence of chunks: cosine and sine, pairs last.
+    """Rotations of a sequence of chunks, as pairs (cosine, signed sine) over all channels of a head.
 
-    query: (chunks, tokens, 1, pairs) full      page: (page_tokens, 1, spatial pairs)
-    own: (chunks, tokens, 1, time pairs)      context: (chunks, slots, 1, 1, time pairs)      slow: slots of slow memory
+    query: (chunks, tokens, 1, head_dim) full      page: (tokens, 1, head_dim) rows and columns
+    own: (chunks, tokens, 1, head_dim) time      context: (chunks, slots, 1, 1, head_dim) time
+    slow: slots of slow memory
     """
 
     query: tuple[Tensor, Tensor]
@@ -35,19 +36,23 @@ class Places(NamedTuple):
     slow: int
 
 
-def turn(x: Tensor, rotation: tuple[Tensor, Tensor], first: int = 0) -> Tensor:
-    """Rotate the pairs of x (..., head_dim) from pair `first` on; pairs outside the rotation pass through."""
-    cosine, sine = (part.to(x.dtype) for part in rotation)
-    span = slice(2 * first, 2 * (first + cosine.shape[-1]))
-    even, odd = x[..., span].unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
-    return torch.cat([x[..., : span.start], turned, x[..., span.stop :]], dim=-1)
+def rotation(angle: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """Angles (..., n) of pairs first .. first + n of `pairs` -> cosine and signed sine (..., 2 pairs) float32."""
+    full = F.pad(angle, (first, pairs - first - angle.shape[-1]))
+    sine = full.sin()
+    return full.cos().repeat_interleave(2, dim=-1).float(), torch.stack([-sine, sine], dim=-1).flatten(-2).float()
+
+
+def turn(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate interleaved pairs of x (..., head_dim): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * by[0].to(x.dtype) + swapped * by[1].to(x.dtype)
 
 
 def places(chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memory: MemoryConfig) -> Places:
     """Tables for sequences of `chunks` chunks; slots in the order sink, fast, slow (newest first)."""
-    c = memory.chunk_frames
-    time_pairs = axis_pairs(head_dim)[0]
+    c, pairs = memory.chunk_frames, head_dim // 2
+    time_pairs, row_pairs, column_pairs = axis_pairs(head_dim)
     rate = axis_frequencies(time_pairs, theta)
     slow = min(memory.slow, max(0, (chunks - 2) // 2))
     anchor = torch.clamp(c * torch.arange(chunks) + c - 1, max=memory.rope_length - 1)
@@ -55,14 +60,20 @@ def places(chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memo
     sink = torch.arange(memory.sink).expand(chunks, -1)
     past = anchor[:, None] - 2 * c - torch.arange(slow)
     slots = torch.cat([sink, own - c, past], dim=1).double()
-    spatial = spatial_table(*grid, head_dim, theta)[:, None]
-    page = (spatial[..., 0], spatial[..., 1])
+    row = torch.arange(grid[0]).double()[:, None, None] * axis_frequencies(row_pairs, theta)
+    column = torch.arange(grid[1]).double()[None, :, None] * axis_frequencies(column_pairs, theta)
+    spatial = torch.cat([row.expand(-1, grid[1], -1), column.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
+    spatial = spatial.repeat(c, 1)[:, None]  # (tokens, 1, spatial pairs)
     own_angle = (own.double()[..., None] * rate).repeat_interleave(grid[0] * grid[1], dim=1)[:, :, None]
     slot_angle = (slots[..., None] * rate)[:, :, None, None]
-    wide = [part.repeat(c, 1, 1).expand(chunks, -1, -1, -1) for part in page]
-    own_pair = (own_angle.cos().float(), own_angle.sin().float())
-    query = tuple(torch.cat([t, s], dim=-1) for t, s in zip(own_pair, wide, strict=True))
-    return Places(query, page, own_pair, (slot_angle.cos().float(), slot_angle.sin().float()), slow)
+    both = torch.cat([own_angle, spatial.expand(chunks, -1, -1, -1)], dim=-1)
+    return Places(
+        query=rotation(both, 0, pairs),
+        page=rotation(spatial, time_pairs, pairs),
+        own=rotation(own_angle, 0, pairs),
+        context=rotation(slot_angle, 0, pairs),
+        slow=slow,
+    )
 
 
 def page_table(key_mean: Tensor, memory: MemoryConfig, slow: int) -> tuple[Tensor, Tensor]:
@@ -91,29 +102,30 @@ def _attend(block: Block, normed: Tensor, where: Places, memory: MemoryConfig, s
     attention = block.self_attn
     G, B, C, T, dim = normed.shape
     c, heads, head_dim = memory.chunk_frames, attention.heads, attention.head_dim
-    time_pairs = where.own[0].shape[-1]
-    keys = attention.norm_k(attention.k(normed))
+    keys = _rms(attention.norm_k, attention.k(normed))
     pages, valid = page_table(keys[0].detach().float().mean(2), memory, where.slow)
     keys = keys.unflatten(-1, (heads, head_dim))
-    spatial = tuple(part.repeat(c, 1, 1) for part in where.page)
-    keys = turn(keys, spatial, time_pairs)
+    keys = turn(keys, where.page)
     values = attention.v(normed).unflatten(-1, (heads, head_dim))
-    query = attention.norm_q(attention.q(normed[G - streams :])).unflatten(-1, (heads, head_dim))
+    query = _rms(attention.norm_q, attention.q(normed[G - streams :])).unflatten(-1, (heads, head_dim))
     query = turn(query, where.query)
     seen = [
         pool[0].reshape(B * C * c, T // c, heads, head_dim)[pages.flatten()].unflatten(0, (B, C, -1))
         for pool in (keys, values)
     ]
-    context_keys = turn(seen[0], where.context).flatten(2, 3)
-    own_keys, own_values = turn(keys[G - streams :], where.own), values[G - streams :]
-    wide = [part.expand(streams, *part.shape) for part in (context_keys, seen[1].flatten(2, 3))]
-    key = torch.cat([wide[0], own_keys], dim=3).flatten(0, 2).transpose(1, 2)
-    value = torch.cat([wide[1], own_values], dim=3).flatten(0, 2).transpose(1, 2)
-    mask = torch.cat([valid.repeat_interleave(T // c, dim=-1), valid.new_ones(B, C, T)], dim=-1)
-    mask = torch.zeros(mask.shape, dtype=key.dtype).masked_fill(~mask, -math.inf)
-    mask = mask.flatten(0, 1).repeat(streams, 1)[:, None, None].expand(-1, heads, T, -1)
-    out = F.scaled_dot_product_attention(query.flatten(0, 2).transpose(1, 2), key, value, attn_mask=mask)
-    return attention.o(out.transpose(1, 2).flatten(2)).view(streams, B, C, T, dim)
+    pages_k = turn(seen[0], where.context).flatten(2, 3).flatten(0, 1).transpose(1, 2)  # (B C, heads, L, head_dim)
+    pages_v = seen[1].flatten(2, 3).flatten(0, 1).transpose(1, 2)
+    own_k, own_v, own_q = (
+        part.permute(1, 2, 4, 0, 3, 5).flatten(0, 1)  # (B C, heads, streams, T, head_dim)
+        for part in (turn(keys[G - streams :], where.own), values[G - streams :], query)
+    )
+    far = own_q.flatten(2, 3) @ pages_k.transpose(-1, -2)
+    far = far.masked_fill(~valid.flatten(0, 1).repeat_interleave(T // c, dim=-1)[:, None, None], -math.inf)
+    near = (own_q @ own_k.transpose(-1, -2)).flatten(2, 3)
+    weight = torch.softmax(torch.cat([far, near], dim=-1) * head_dim**-0.5, dim=-1).to(own_v.dtype)
+    far, near = weight.split([far.shape[-1], T], dim=-1)
+    out = (far @ pages_v).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ own_v
+    return attention.o(out.permute(2, 0, 3, 1, 4).reshape(streams, B, C, T, dim))
 
 
 def _cross(block: Block, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
@@ -121,13 +133,19 @@ def _cross(block: Block, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
     attention = block.cross_attn
     heads, head_dim = attention.heads, attention.head_dim
     G, B, C, T, dim = x.shape
-    query = attention.norm_q(attention.q(block.norm3(x))).permute(1, 2, 0, 3, 4).reshape(B * C, G * T, heads, head_dim)
-    key = attention.norm_k(attention.k(text)).reshape(B * C, -1, heads, head_dim)
-    value = attention.v(text).reshape(B * C, -1, heads, head_dim)
-    parts = (part.transpose(1, 2) for part in (query, key.to(query.dtype), value.to(query.dtype)))
-    mask = bias.to(query.dtype).expand(B * C, heads, G * T, -1)
-    out = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).reshape(B, C, G, T, dim)
-    return attention.o(out).permute(2, 0, 1, 3, 4)
+    affine = (block.norm3.weight.to(x.dtype), block.norm3.bias.to(x.dtype))
+    query = _rms(attention.norm_q, attention.q(F.layer_norm(x, (dim,), *affine, eps=block.eps)))
+    query = query.permute(1, 2, 0, 3, 4).reshape(B * C, G * T, heads, head_dim).transpose(1, 2)
+    key = _rms(attention.norm_k, attention.k(text)).reshape(B * C, -1, heads, head_dim).transpose(1, 2)
+    value = attention.v(text).reshape(B * C, -1, heads, head_dim).transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) * head_dim**-0.5 + bias.to(query.dtype)
+    out = torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    return attention.o(out.transpose(1, 2).reshape(B, C, G, T, dim)).permute(2, 0, 1, 3, 4)
+
+
+def _rms(norm: RMSNorm, x: Tensor) -> Tensor:
+    """The norm with its weight in x's type, as a fused call wants it."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
 
 
 def timestep_features(timestep: Tensor, width: int) -> Tensor:
@@ -167,12 +185,12 @@ def flow(
     prompt = model.text_embedding(rows)
     width = (config.dim,)
     for number, block in enumerate(model.blocks):
-        m = block.modulation[0][:, None, None, None, None] + six
+        m = (block.modulation[0][:, None, None, None, None] + six).to(x.dtype)
         streams = K if number == config.layers - 1 else K + 1
         normed = F.layer_norm(x, width, eps=config.eps) * (1 + m[1]) + m[0]
         out = _attend(block, normed, where, memory, streams)
         x, m = x[K + 1 - streams :], m[:, K + 1 - streams :]
-        x = x + out * m[2]
+        x = torch.addcmul(x, out, m[2])
         x = x + _cross(block, x, prompt, bias)
         x = x + block.ffn(F.layer_norm(x, width, eps=config.eps) * (1 + m[4]) + m[3]) * m[5]
     shift, scale = (model.head.modulation[0][:, None, None, None, None] + embedded[1:, ..., None, :]).unbind(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,18 +19,42 @@ from cfengine.training.codec import train_codec
 from cfengine.training.data import build_strips
 from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
+from cfengine.training.parallel import in_processes
 from cfengine.training.state import World
 
 Report = Callable[[str, dict], None]
 
 
+class Log:
+    """One line a report on standard error, and the same as JSON lines in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.begun = path, time.monotonic()
+
+    def __call__(self, stage: str, values: dict) -> None:
+        seconds = time.monotonic() - self.begun
+        words = " ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        sys.stderr.write(f"{seconds:8.1f} s  {stage:7s} {words}\n")
+        sys.stderr.flush()
+        with self.path.open("a") as file:
+            file.write(json.dumps({"seconds": round(seconds, 1), "stage": stage, **values}) + "\n")
+
+
 class Effort(NamedTuple):
     """How much of everything; the defaults made the shipped weights."""
 
-    codec_steps: int = 650
-    scenes: int = 2000
-    dit_steps: int = 3000
-    distil_steps: int = 300
+    codec_steps: int = 1600
+    scenes: int = 1500
+    dit_steps: int = 2400
+    distil_steps: int = 250
+
+
+def averaged(state: Path, config: EngineConfig) -> tuple[World, int]:
+    """Load the averaged network of a stage and its step."""
+    kept = torch.load(state, weights_only=True, mmap=True)
+    world = World(config.model)
+    world.load_state_dict(kept["average"])
+    return world.requires_grad_(False), int(kept["step"])
 
 
 def write_weights(world: World, folder: Path) -> None:
@@ -37,32 +64,39 @@ def write_weights(world: World, folder: Path) -> None:
     TinyTextEncoder(world.table.detach()).save(folder / "text.safetensors")
 
 
-def train(out: Path, seed: int, effort: Effort, report: Report, config: EngineConfig | None = None) -> Path:
+def _diffusion(out: Path, config: EngineConfig, effort: Effort, seed: int, report: Report) -> None:
+    """The diffusion stage of one process."""
+    strips = build_strips(None, effort.scenes, seed + 2, out / "strips.safetensors")
+    train_diffusion(out / "dit.state", config, strips, seed + 3, effort.dit_steps, report)
+
+
+def _distillation(out: Path, config: EngineConfig, effort: Effort, seed: int, report: Report) -> None:
+    """The distillation stage of one process."""
+    strips = build_strips(None, effort.scenes, seed + 2, out / "strips.safetensors")
+    teacher, _ = averaged(out / "dit.state", config)
+    train_distil(out / "distil.state", teacher, config, strips, seed + 4, effort.distil_steps, report)
+
+
+def train(
+    out: Path, seed: int, effort: Effort, report: Report, *, processes: int = 2, config: EngineConfig | None = None
+) -> Path:
     """Run every stage that is not finished in `out`, and return the folder with the weights.
 
     States and logs lie in `out`, the weights in `out`/weights, laid out as the package ships them.
     """
+    weights = out / "weights"
     try:
-        (out / "weights").mkdir(parents=True, exist_ok=True)
+        weights.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise OutputError(f"training folder {out} cannot be made ({problem}); choose another --out") from problem
     config = config or preset("tiny-world")
     codec = train_codec(out / "codec.safetensors", seed, effort.codec_steps, report)
-    codec.save(out / "weights" / "codec.safetensors")
+    codec.save(weights / "codec.safetensors")
     report("strips", {"scenes": effort.scenes})
-    strips = build_strips(codec, effort.scenes, seed + 2, out / "strips.safetensors")
-    teacher = train_diffusion(out / "dit.state", config, strips, seed + 3, effort.dit_steps, report)
-    write_weights(teacher, out / "weights")
-    if effort.distil_steps:
-        student = train_distil(out / "distil.state", teacher, config, strips, seed + 4, effort.distil_steps, report)
-        write_weights(student, out / "weights")
-    return out / "weights"
-
-
-def export_average(state: Path, config: EngineConfig, folder: Path) -> int:
-    """Write the averaged network of an unfinished stage as weights; returns its step."""
-    kept = torch.load(state, weights_only=True, mmap=True)
-    world = World(config.model)
-    world.load_state_dict(kept["average"])
-    write_weights(world, folder)
-    return int(kept["step"])
+    build_strips(codec, effort.scenes, seed + 2, out / "strips.safetensors")
+    stages = ((_diffusion, "dit.state", effort.dit_steps), (_distillation, "distil.state", effort.distil_steps))
+    for stage, state, steps in stages:
+        if steps:
+            in_processes(processes, stage, out, config, effort, seed, report)
+            write_weights(averaged(out / state, config)[0], weights)
+    return weights

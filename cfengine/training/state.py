@@ -1,4 +1,4 @@
-"""What a training stage keeps between runs: network, averaged network, optimiser, step and random state."""
+"""What a training stage keeps between runs: network, averaged network, optimiser and step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +14,7 @@ from cfengine.errors import CheckpointError
 from cfengine.model.dit import CausalDiT
 from cfengine.model.text_tiny import CONCEPTS
 from cfengine.training.optimiser import Both
+from cfengine.training.parallel import average_gradients
 
 
 class World(nn.Module):
@@ -40,15 +40,15 @@ class World(nn.Module):
 class Progress:
     """A network in training with its exponential average; `save` and `resume` make a stage restartable."""
 
-    def __init__(self, world: World, seed: int, decay: float) -> None:
+    def __init__(self, world: World, decay: float) -> None:
         self.world, self.average = world, copy.deepcopy(world).requires_grad_(False)
         self.optimiser = world.optimiser()
-        self.draw = np.random.default_rng(seed)
         self.step, self.decay = 0, decay
 
     @torch.no_grad()
     def advance(self, lr: float) -> None:
-        """One optimiser step and one step of the average (shorter memory at the beginning)."""
+        """One optimiser step with the gradients of all processes, one step of the average (short-lived at first)."""
+        average_gradients(self.world.parameters())
         self.optimiser.step(lr)
         self.step += 1
         keep = min(self.decay, (1 + self.step) / (10 + self.step))
@@ -62,8 +62,6 @@ class Progress:
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
-            "draw": self.draw.bit_generator.state,
-            "torch": torch.get_rng_state(),
         }
         part = path.with_suffix(".part")
         torch.save(state, part)
@@ -83,6 +81,4 @@ class Progress:
                 f"training state {path} is of another model ({problem}); delete it or choose another --out"
             ) from problem
         self.step = state["step"]
-        self.draw.bit_generator.state = state["draw"]
-        torch.set_rng_state(state["torch"])
         return True
