@@ -61,6 +61,6 @@ $(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis cfengine/_C.*.so
+	rm -rf build/bdist.* build/lib.* build/temp.* dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis cfengine/_C.*.so
 	rm -f $(VENV)/.installed $(VENV)/.installed-test
 	find cfengine kernels export bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
