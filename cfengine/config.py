@@ -29,6 +29,19 @@ class ModelConfig:
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        for name in (
+            "dim",
+            "ffn_dim",
+            "heads",
+            "layers",
+            "in_channels",
+            "out_channels",
+            "text_dim",
+            "text_len",
+            "freq_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; ModelConfig.{name} must be at least 1")
         if self.dim % self.heads:
             raise ConfigError(f"dim {self.dim} does not divide into {self.heads} heads; choose heads that divide dim")
         if self.head_dim % 2:
@@ -54,16 +67,24 @@ class MemoryConfig:
     fast: int = 6
     chunk_frames: int = 3
     rope_length: int = 21
-    keep: int = 1  # frames of a chunk that a promotion stores
+    keep: int = 1  # frames of a chunk that a promotion stores (the paper's rule always keeps one)
     threshold: float = 0.95
     interval: int = 0  # policy `uniform`: promote when first frame of chunk % interval == 0
     slots_override: int | None = None  # cache size where it differs from sink + slow + fast
+    scenes: bool = False  # policy `relative_window` as Infinity-RoPE has it: the prompt holds scenes
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"unknown policy {self.policy!r}; choose one of {', '.join(POLICIES)}")
-        if self.chunk_frames < 1:
-            raise ConfigError(f"chunk_frames is {self.chunk_frames}; it must be at least 1")
+        least = {"chunk_frames": 1, "sink": 0, "slow": 0, "fast": 0, "rope_length": 1, "keep": 0, "interval": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name} is {getattr(self, name)}; MemoryConfig.{name} must be at least {smallest}")
+        if self.scenes and (self.policy != "relative_window" or self.chunk_frames < 3 or self.slots < 3):
+            raise ConfigError(
+                f"scenes need policy relative_window, chunks and windows of at least 3 frames, not {self.policy}, "
+                f"{self.chunk_frames} and {self.slots}"
+            )
         if not 0 <= self.keep <= self.chunk_frames:
             raise ConfigError(
                 f"keep is {self.keep}; a promotion stores between 0 and chunk_frames = {self.chunk_frames} frames"
@@ -71,6 +92,11 @@ class MemoryConfig:
         if self.slots < self.chunk_frames:
             raise ConfigError(f"{self.slots} slots cannot hold a chunk of {self.chunk_frames}; enlarge the memory")
         if self.policy.startswith("slow_fast") or self.policy == "uniform":
+            if self.slots < self.sink + self.fast:
+                raise ConfigError(
+                    f"{self.slots} slots cannot hold a sink of {self.sink} and a fast memory of {self.fast} frames; "
+                    "enlarge the memory"
+                )
             if self.fast < self.chunk_frames:
                 raise ConfigError(
                     f"fast memory of {self.fast} frames cannot hold a chunk of {self.chunk_frames}; "
@@ -78,6 +104,11 @@ class MemoryConfig:
                 )
         if self.policy == "uniform" and self.interval < 1:
             raise ConfigError("policy 'uniform' needs MemoryConfig.interval >= 1: latent frames between kept ones")
+
+    @property
+    def kept_sink(self) -> int:
+        """Frames that stay for ever: `fifo` has none."""
+        return 0 if self.policy == "fifo" else self.sink
 
     @property
     def slots(self) -> int:
@@ -105,6 +136,8 @@ class VideoConfig:
     temporal_stride: int = 4
 
     def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ConfigError(f"fps is {self.fps}; it must be at least 1")
         unit = 2 * self.spatial_stride
         for name in ("width", "height"):
             value = getattr(self, name)
@@ -164,7 +197,8 @@ PRESETS: dict[str, EngineConfig] = {
         EngineConfig(
             name="tiny-world",
             model=TINY_MODEL,
-            memory=MemoryConfig(policy="slow_fast_paper"),
+            # the mean keys of a small net hardly move: a pan keeps 0.998 or so from chunk to chunk, "hold" 0.99999
+            memory=MemoryConfig(policy="slow_fast_paper", threshold=0.9995),
             video=VideoConfig(width=96, height=64),
             codec="tiny_world",
             text="tiny_world",
@@ -184,7 +218,7 @@ PRESETS: dict[str, EngineConfig] = {
         ),
         EngineConfig(
             name="infinity-rope",
-            memory=MemoryConfig(policy="relative_window", sink=1, slow=0, fast=20),
+            memory=MemoryConfig(policy="relative_window", sink=1, slow=0, fast=5, scenes=True),
             dit_source="gdhe17/Self-Forcing",
             base_source=_WAN,
         ),
@@ -205,6 +239,9 @@ def with_policy(memory: MemoryConfig, policy: str) -> MemoryConfig:
     """The same number of slots under another rule; `uniform` keeps a frame of every second chunk."""
     if policy not in POLICIES:
         raise ConfigError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if policy == memory.policy:
+        return memory
+    memory = replace(memory, scenes=False, rope_length=memory.slots)
     sink = 0 if policy == "fifo" else memory.sink or memory.chunk_frames
     if policy in ("fifo", "sink_window", "relative_window"):
         return replace(memory, policy=policy, sink=sink, slow=0, fast=memory.slots - sink)

@@ -1,9 +1,11 @@
 """Few-step distillation: the student's x0 becomes the end of the teacher's own path.
 
-At a noise level of the sampler the flow-matching teacher predicts the mean of all clean chunks that fit, which is a
-blur where the future is open. Its probability-flow path from the same x_t ends in one of them. The student starts as
-a copy of the teacher and regresses to that end from each of the sampler's four levels (consistency distillation,
-Song et al., arXiv 2303.01469, with the path walked instead of bootstrapped). Contexts carry the student's own errors.
+At a noise level of the sampler the flow-matching teacher predicts the mean of all clean chunks that fit, which has no
+landmark where one may or may not appear. Its probability-flow path from the same x_t ends in one of them. The student
+starts as a copy of the teacher and regresses to that end from each of the sampler's levels (the idea of consistency
+models, Song et al., arXiv 2303.01469, with the path walked instead of bootstrapped). One path from pure noise passes
+all levels and serves them all. Other batches begin at a lower level from what the student itself made, re-noised, as
+the sampler does. Contexts carry the student's own errors.
 """
 
 from __future__ import annotations
@@ -17,63 +19,65 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig
 from cfengine.training.data import Strips
-from cfengine.training.diffusion import COPIES, corrupt, draw_sequence, sampler_sigmas, spread
-from cfengine.training.forward import flow
+from cfengine.training.diffusion import corrupt, draw_sequence, sampler_sigmas, spread
+from cfengine.training.forward import Context, flow_from, remember
 from cfengine.training.optimiser import schedule
 from cfengine.training.parallel import draws, rank
 from cfengine.training.state import Progress, World
 
-PATH_STEPS = 6
+BETWEEN = 2  # Euler steps from one level of the sampler to the next
+TAIL = 4  # Euler steps from the last level to zero
+
+
+def path_levels(levels: Tensor) -> list[float]:
+    """Noise levels of a path: those of the sampler, with even steps between them, down to zero."""
+    path: list[float] = []
+    for high, low in zip(levels.tolist(), levels.tolist()[1:], strict=False):
+        path += [high + (low - high) * i / BETWEEN for i in range(BETWEEN)]
+    last = float(levels[-1])
+    return path + [last * (1 - i / TAIL) for i in range(TAIL)] + [0.0]
 
 
 @torch.no_grad()
-def path_end(
-    teacher: World,
-    config: EngineConfig,
-    context: Tensor,
-    noisy: Tensor,
-    sigma: Tensor,
-    text: Tensor,
-    steps: int = PATH_STEPS,
-) -> Tensor:
-    """Follow dx = v dsigma from `sigma` (K, B, C) to 0, in Euler steps that are even before the warp."""
-    shift = config.sampler.shift
-    u = sigma / (shift - (shift - 1) * sigma)
-    x, now = noisy, sigma
-    for step in range(1, steps + 1):
-        left = u * (1 - step / steps)
-        then = shift * left / (1 + (shift - 1) * left)
-        x = x + spread(then - now) * flow(teacher.dit, config.memory, context, x, 1000 * now, text)
-        now = then
-    return x
+def walk_path(teacher: World, context: Context, x: Tensor, path: list[float], levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow dx = v dsigma along `path` by Euler steps; x (1, B, C, ...) at path[0].
+
+    -> x at every sampler level on the way (n, B, C, ...), and the end (1, B, C, ...)
+    """
+    known = {round(level, 5) for level in levels.tolist()}
+    passed = []
+    for now, then in zip(path, path[1:], strict=False):
+        if round(now, 5) in known:
+            passed.append(x)
+        timestep = torch.full(x.shape[:3], 1000 * now)
+        x = x + (then - now) * flow_from(teacher.dit, context, x, timestep)
+    return torch.cat(passed), x
 
 
 def distil_step(
-    student: World,
-    teacher: World,
-    config: EngineConfig,
-    truth: Tensor,
-    concepts: Tensor,
-    context: Tensor,
-    start: Tensor,
-    draw,
+    student: World, teacher: World, config: EngineConfig, context: Tensor, concepts: Tensor, begun: Tensor | None, draw
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one step, and the student's x0 through the last noise level of the sampler.
+    """Loss of one step, and the student's x0 (B, C, ...) at the sampler's last level.
 
-    truth, context: (B, C, ...)      start: (B, C, ...), what the noise is added to: truth, or the student's own x0
+    context: (B, C, ...) latents      begun: the student's x0 of an earlier step, to be re-noised; None: pure noise
     """
-    B, C = truth.shape[:2]
+    B, C = context.shape[:2]
     levels = sampler_sigmas(config)
-    last = torch.full((1, B, C), float(levels[-1]))
-    others = levels[torch.from_numpy(draw.integers(len(levels), size=(COPIES - 1, B, C)))]
-    sigma = torch.cat([last, others])
-    noisy = (1 - spread(sigma)) * start + spread(sigma) * torch.randn(COPIES, *truth.shape)
+    first = 0 if begun is None else int(draw.integers(1, len(levels)))
+    levels = levels[first:]
+    path = path_levels(levels)
+    noise = torch.randn(1, *context.shape)
+    x = noise if begun is None else (1 - path[0]) * begun + path[0] * noise
     with torch.autocast("cpu", torch.bfloat16):
-        end = path_end(teacher, config, context, noisy, sigma, teacher.table[concepts])
-        guess = flow(student.dit, config.memory, context, noisy, 1000 * sigma, student.table[concepts])
-    made = noisy - spread(sigma) * guess
+        with torch.no_grad():
+            known = remember(teacher.dit, config.memory, context, teacher.table[concepts])
+        passed, end = walk_path(teacher, known, x, path, levels)
+        own = remember(student.dit, config.memory, context, student.table[concepts])
+        sigma = levels[:, None, None].expand(-1, B, C)
+        guess = flow_from(student.dit, own, passed, 1000 * sigma)
+    made = passed - spread(sigma) * guess
     loss = ((made - end) / spread(sigma)).square().mean()
-    return loss, made[0].detach()
+    return loss, made[-1].detach()
 
 
 def train_distil(
@@ -85,24 +89,22 @@ def train_distil(
     steps: int,
     report: Callable[[str, dict], None],
     *,
-    peak: float = 5e-4,
+    peak: float = 1e-3,
 ) -> None:
     """Distil to `steps` steps, going on from `out` where it exists, and leave the state there."""
-    torch.manual_seed(seed)
     progress = Progress(copy.deepcopy(teacher).requires_grad_(True), decay=0.99)
     progress.resume(out)
     mean = None
     while progress.step < steps:
         common, draw = draws(seed, progress.step)
-        batch = draw_sequence(strips, 1.0, common, draw)
-        made = None
-        for _ in range(3):
-            context = corrupt(batch.latents, made, draw)
-            own = made is not None and draw.random() < 0.5
-            start = made if own else batch.latents
-            loss, made = distil_step(
-                progress.world, teacher, config, batch.latents, batch.concepts, context, start, draw
-            )
+        batch = draw_sequence(strips, 0.4, common, draw)
+        made = context = None
+        for turn in range(4):  # noise, its re-noised result under the same context, then both again with errors
+            again = turn % 2 == 1
+            if not again:
+                context = corrupt(batch.latents, made, draw)
+            begun = made if again else None
+            loss, made = distil_step(progress.world, teacher, config, context, batch.concepts, begun, draw)
             loss.backward()
             progress.advance(schedule(progress.step, steps, peak, 20))
             mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()

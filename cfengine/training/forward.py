@@ -10,6 +10,7 @@ sits at position anchor - 6 - k, so only the table of page ids depends on the da
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,23 @@ class Places(NamedTuple):
     slow: int
 
 
+class Pages(NamedTuple):
+    """What the chunks of a layer see: keys (turned to their places), values (B C, heads, L, head_dim), hidden slots."""
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+
+
+class Context(NamedTuple):
+    """Pages of every layer, the prompt (B, C, n, dim) with the weights of its rows, and the rotations."""
+
+    layers: list[Pages]
+    prompt: Tensor
+    bias: Tensor
+    where: Places
+
+
 def rotation(angle: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
     """Angles (..., n) of pairs first .. first + n of `pairs` -> cosine and signed sine (..., 2 pairs) float32."""
     full = F.pad(angle, (first, pairs - first - angle.shape[-1]))
@@ -49,6 +67,7 @@ def turn(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
     return x * by[0].to(x.dtype) + swapped * by[1].to(x.dtype)
 
 
+@lru_cache(maxsize=16)
 def places(chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memory: MemoryConfig) -> Places:
     """Tables for sequences of `chunks` chunks; slots in the order sink, fast, slow (newest first)."""
     c, pairs = memory.chunk_frames, head_dim // 2
@@ -97,34 +116,43 @@ def page_table(key_mean: Tensor, memory: MemoryConfig, slow: int) -> tuple[Tenso
     return pages.clamp(min=0) + (C * c * torch.arange(B))[:, None, None], pages >= 0
 
 
-def _attend(block: Block, normed: Tensor, where: Places, memory: MemoryConfig, streams: int) -> Tensor:
-    """Self-attention of the last `streams` streams over the pages of stream 0; normed (G, B, C, T, dim)."""
-    attention = block.self_attn
-    G, B, C, T, dim = normed.shape
-    c, heads, head_dim = memory.chunk_frames, attention.heads, attention.head_dim
-    keys = _rms(attention.norm_k, attention.k(normed))
-    pages, valid = page_table(keys[0].detach().float().mean(2), memory, where.slow)
-    keys = keys.unflatten(-1, (heads, head_dim))
-    keys = turn(keys, where.page)
-    values = attention.v(normed).unflatten(-1, (heads, head_dim))
-    query = _rms(attention.norm_q, attention.q(normed[G - streams :])).unflatten(-1, (heads, head_dim))
-    query = turn(query, where.query)
+def _recall(keys: Tensor, values: Tensor, mean: Tensor, where: Places, memory: MemoryConfig) -> Pages:
+    """Gather for every chunk the clean pages it sees; keys, values (B, C, T, heads, head_dim), mean (B, C, dim)."""
+    B, C, T, heads, head_dim = keys.shape
+    c = memory.chunk_frames
+    pages, valid = page_table(mean, memory, where.slow)
     seen = [
-        pool[0].reshape(B * C * c, T // c, heads, head_dim)[pages.flatten()].unflatten(0, (B, C, -1))
+        pool.reshape(B * C * c, T // c, heads, head_dim)[pages.flatten()].unflatten(0, (B, C, -1))
         for pool in (keys, values)
     ]
-    pages_k = turn(seen[0], where.context).flatten(2, 3).flatten(0, 1).transpose(1, 2)  # (B C, heads, L, head_dim)
-    pages_v = seen[1].flatten(2, 3).flatten(0, 1).transpose(1, 2)
+    seen[0] = turn(seen[0], where.context)
+    hidden = ~valid.flatten(0, 1).repeat_interleave(T // c, dim=-1)[:, None, None]
+    return Pages(*(part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in seen), hidden)
+
+
+def _project(block: Block, normed: Tensor, where: Places) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys with rows and columns rotated, values (streams, B, C, T, heads, head_dim), and raw keys (..., dim)."""
+    attention = block.self_attn
+    raw = _rms(attention.norm_k, attention.k(normed))
+    keys = turn(attention.split(raw), where.page)
+    return keys, attention.split(attention.v(normed)), raw
+
+
+def _attend(block: Block, normed: Tensor, keys: Tensor, values: Tensor, pages: Pages, where: Places) -> Tensor:
+    """Self-attention of streams over pages and over each chunk's own tokens; normed (streams, B, C, T, dim)."""
+    attention = block.self_attn
+    streams, B, C, T, dim = normed.shape
+    query = turn(attention.split(_rms(attention.norm_q, attention.q(normed))), where.query)
     own_k, own_v, own_q = (
         part.permute(1, 2, 4, 0, 3, 5).flatten(0, 1)  # (B C, heads, streams, T, head_dim)
-        for part in (turn(keys[G - streams :], where.own), values[G - streams :], query)
+        for part in (turn(keys, where.own), values, query)
     )
-    far = own_q.flatten(2, 3) @ pages_k.transpose(-1, -2)
-    far = far.masked_fill(~valid.flatten(0, 1).repeat_interleave(T // c, dim=-1)[:, None, None], -math.inf)
+    far = (own_q.flatten(2, 3) @ pages.keys.transpose(-1, -2)).masked_fill(pages.hidden, -math.inf)
     near = (own_q @ own_k.transpose(-1, -2)).flatten(2, 3)
-    weight = torch.softmax(torch.cat([far, near], dim=-1) * head_dim**-0.5, dim=-1).to(own_v.dtype)
+    scale = attention.head_dim**-0.5
+    weight = torch.softmax(torch.cat([far, near], dim=-1) * scale, dim=-1).to(own_v.dtype)
     far, near = weight.split([far.shape[-1], T], dim=-1)
-    out = (far @ pages_v).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ own_v
+    out = (far @ pages.values).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ own_v
     return attention.o(out.permute(2, 0, 3, 1, 4).reshape(streams, B, C, T, dim))
 
 
@@ -161,38 +189,69 @@ def _patches(model: CausalDiT, latents: Tensor) -> Tensor:
     return tokens.view(*latents.shape[:3], -1, tokens.shape[-1])
 
 
+def _modulation(model: CausalDiT, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, B, C) -> six (6, G, B, C, 1, dim) of every block before its own offset, embedding (G, B, C, dim)."""
+    embedded = model.time_embedding(timestep_features(timestep, model.config.freq_dim))
+    six = model.time_projection(embedded).unflatten(-1, (6, -1)).movedim(-2, 0)
+    return six[..., None, :], embedded
+
+
+def _rest(block: Block, x: Tensor, out: Tensor, m: Tensor, context: Context) -> Tensor:
+    """The half of a block that follows its self-attention; m (6, streams, B, C, 1, dim)."""
+    x = torch.addcmul(x, out, m[2])
+    x = x + _cross(block, x, context.prompt, context.bias)
+    return x + block.ffn(_normed(x, m[3], m[4], block.eps)) * m[5]
+
+
+def _normed(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1 + scale) + shift
+
+
+def remember(model: CausalDiT, memory: MemoryConfig, clean: Tensor, text: Tensor) -> Context:
+    """Run the clean stream, (B, C, c, channels, h, w) with text (B, C, n, text_dim): what noisy chunks attend to."""
+    config = model.config
+    B, C = clean.shape[:2]
+    grid = (clean.shape[-2] // config.patch[1], clean.shape[-1] // config.patch[2])
+    where = places(C, grid, config.head_dim, config.theta, memory)
+    n = text.shape[2]
+    bias = torch.zeros(n + (n < config.text_len))
+    if n < config.text_len:
+        text = F.pad(text, (0, 0, 0, 1))
+        bias[-1] = math.log(config.text_len - n)
+    context = Context([], model.text_embedding(text), bias, where)
+    x = _patches(model, clean[None])
+    six, _ = _modulation(model, torch.zeros(1, B, C))
+    for number, block in enumerate(model.blocks):
+        m = (block.modulation[0][:, None, None, None, None] + six).to(x.dtype)
+        normed = _normed(x, m[0], m[1], config.eps)
+        keys, values, raw = _project(block, normed, where)
+        context.layers.append(_recall(keys[0], values[0], raw[0].detach().float().mean(2), where, memory))
+        if number + 1 < config.layers:
+            x = _rest(block, x, _attend(block, normed, keys, values, context.layers[-1], where), m, context)
+    return context
+
+
+def flow_from(model: CausalDiT, context: Context, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """Predict the flow of noisy chunks under a context.
+
+    noisy: (K, B, C, c, channels, h, w)      timestep: (K, B, C), 0 .. 1000      -> as noisy, float32
+    """
+    config = model.config
+    grid = (noisy.shape[-2] // config.patch[1], noisy.shape[-1] // config.patch[2])
+    x = _patches(model, noisy)
+    six, embedded = _modulation(model, timestep)
+    for block, pages in zip(model.blocks, context.layers, strict=True):
+        m = (block.modulation[0][:, None, None, None, None] + six).to(x.dtype)
+        normed = _normed(x, m[0], m[1], config.eps)
+        keys, values, _ = _project(block, normed, context.where)
+        x = _rest(block, x, _attend(block, normed, keys, values, pages, context.where), m, context)
+    shift, scale = (model.head.modulation[0][:, None, None, None, None] + embedded[..., None, :]).unbind(0)
+    tokens = model.head.head(_normed(x, shift, scale, config.eps)).float()
+    return model.unpatchify(tokens.flatten(0, 3), grid).view(noisy.shape)
+
+
 def flow(
     model: CausalDiT, memory: MemoryConfig, clean: Tensor, noisy: Tensor, timestep: Tensor, text: Tensor
 ) -> Tensor:
-    """Predict the flow of noisy chunks under the memory of the clean ones.
-
-    clean: (B, C, c, channels, h, w)      noisy: (K, B, C, c, channels, h, w)      timestep: (K, B, C), 0 .. 1000
-    text: (B, C, n, text_dim)      ->  (K, B, C, c, channels, h, w) float32
-    """
-    config = model.config
-    K, B, C = noisy.shape[:3]
-    grid = (clean.shape[-2] // config.patch[1], clean.shape[-1] // config.patch[2])
-    where = places(C, grid, config.head_dim, config.theta, memory)
-    x = _patches(model, torch.cat([clean[None], noisy]))
-    clock = torch.cat([torch.zeros(1, B, C), timestep])
-    embedded = model.time_embedding(timestep_features(clock, config.freq_dim))
-    six = model.time_projection(embedded).unflatten(-1, (6, -1))[..., None, :, :].movedim(-2, 0)  # (6, G, B, C, 1, dim)
-    n = text.shape[2]
-    rows = F.pad(text, (0, 0, 0, 1)) if n < config.text_len else text
-    bias = torch.zeros(rows.shape[2])
-    if n < config.text_len:
-        bias[-1] = math.log(config.text_len - n)
-    prompt = model.text_embedding(rows)
-    width = (config.dim,)
-    for number, block in enumerate(model.blocks):
-        m = (block.modulation[0][:, None, None, None, None] + six).to(x.dtype)
-        streams = K if number == config.layers - 1 else K + 1
-        normed = F.layer_norm(x, width, eps=config.eps) * (1 + m[1]) + m[0]
-        out = _attend(block, normed, where, memory, streams)
-        x, m = x[K + 1 - streams :], m[:, K + 1 - streams :]
-        x = torch.addcmul(x, out, m[2])
-        x = x + _cross(block, x, prompt, bias)
-        x = x + block.ffn(F.layer_norm(x, width, eps=config.eps) * (1 + m[4]) + m[3]) * m[5]
-    shift, scale = (model.head.modulation[0][:, None, None, None, None] + embedded[1:, ..., None, :]).unbind(0)
-    tokens = model.head.head(F.layer_norm(x, width, eps=config.eps) * (1 + scale) + shift).float()
-    return model.unpatchify(tokens.flatten(0, 3), grid).view(noisy.shape)
+    """`remember`, then `flow_from`."""
+    return flow_from(model, remember(model, memory, clean, text), noisy, timestep)
