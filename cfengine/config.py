@@ -127,7 +127,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Pixels and their clock. A stream's first latent frame decodes to 1 video frame, later ones to `temporal_stride`."""
+    """Pixels and their clock. A stream's first latent frame gives 1 video frame, later ones `temporal_stride`."""
 
     width: int = 832
     height: int = 480

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import CachedTextEncoder, TextEncoder
 from cfengine.model.text_tiny import TinyTextEncoder
 from cfengine.model.weights import infer_config, load_dit
-from cfengine.ops import BUILD_HINT, compiled, select
+from cfengine.ops import BUILD_HINT, not_built, select
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import Schedule
 from cfengine.segments.torch import TorchSegments
@@ -43,22 +44,23 @@ class Engine:
         codec: Codec,
         text: TextEncoder,
         *,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Take ready parts; `from_pretrained` loads them. model is moved to device and dtype and laid out here."""
         self.config, self.codec, self.text = config, codec, text
         self.device, self.dtype = device, dtype
-        kind = torch.device(device).type
-        self.ops = select(kind, dict(config.kernels))
-        if kind == "cpu" and not compiled() and not config.kernels:
+        self.ops = select(_device_type(device), dict(config.kernels))
+        missing = [op for op in not_built(_device_type(device), self.ops.names) if op not in dict(config.kernels)]
+        if missing:
             warnings.warn(
-                f"compiled CPU kernels are missing, so plain torch serves, slower; {BUILD_HINT}", stacklevel=2
+                f"compiled kernels are missing, so plain torch serves {', '.join(missing)}, slower; {BUILD_HINT}",
+                stacklevel=2,
             )
         self.model = model.to(device=device, dtype=dtype).prepare()
         segments = TorchSegments(self.model, self.ops, config.grid)
         self._scheduler = ChunkScheduler(self.model, segments, Schedule(config.sampler))
-        self._sessions: list[Session] = []
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._closed = False
 
     @classmethod
@@ -66,7 +68,7 @@ class Engine:
         cls,
         source: str | Path = "tiny-world",
         *,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         dtype: torch.dtype | str | None = None,
         config: EngineConfig | None = None,
         policy: str | None = None,
@@ -83,11 +85,9 @@ class Engine:
         Wan VAE      threads: for torch and the compiled kernels, process-wide
         Raises ConfigError, CheckpointError or KernelError.
         """
-        if threads is not None:
-            if threads < 1:
-                raise ConfigError(f"threads is {threads}; it must be at least 1")
-            torch.set_num_threads(threads)
-        if device != "cpu" and not torch.cuda.is_available():
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be at least 1")
+        if _device_type(device) != "cpu" and not torch.cuda.is_available():
             raise ConfigError(
                 f"device {device!r} needs CUDA, which torch {torch.__version__} does not find; use device='cpu'"
             )
@@ -101,6 +101,9 @@ class Engine:
         if taehv is not None:
             config = dataclasses.replace(config, codec="taehv")
         shipped = WEIGHTS / name if name in PRESETS and not PRESETS[name].dit_source else None
+        select(_device_type(device), dict(config.kernels))  # a choice that is not built fails before any weights load
+        if threads is not None:
+            torch.set_num_threads(threads)
         kind = _dtype(dtype) or (torch.float32 if shipped else torch.bfloat16)
         if shipped:
             dit, codec, text = (str(shipped / f"{part}.safetensors") for part in ("dit", "codec", "text"))
@@ -131,7 +134,8 @@ class Engine:
         return dict(self.ops.names)
 
     def encode_prompt(self, prompt: str) -> list[CrossCache]:
-        """Cross-attention keys and values of a prompt; PromptError for an empty or too long one."""
+        """Cross-attention keys and values of a prompt, per layer; PromptError for an empty or too long one."""
+        self._check_open()
         if not isinstance(prompt, str) or not prompt.strip():
             raise PromptError("the prompt is empty; say what the video shows")
         embeds = self.text.encode(prompt)
@@ -140,8 +144,7 @@ class Engine:
 
     def session(self, prompt: str, *, seed: int = 0, latents: torch.Tensor | None = None) -> Session:
         """Open a live video. latents (frames, channels, height, width), if given, are its past (whole chunks)."""
-        if self._closed:
-            raise CFEngineError("this engine is closed; load it again with Engine.from_pretrained(...)")
+        self._check_open()
         check_seed(seed)
         session = Session(
             self.config,
@@ -151,11 +154,15 @@ class Engine:
             self.encode_prompt,
             prompt,
             seed,
-            self._sessions.remove,
+            self._sessions.discard,
         )
-        self._sessions.append(session)
+        self._sessions.add(session)
         if latents is not None:
-            session.prime(latents)
+            try:
+                session.prime(latents)
+            except BaseException:
+                session.close()
+                raise
         return session
 
     def stream(self, prompt: str, *, seed: int = 0, num_frames: int | None = None) -> Iterator[Frame]:
@@ -174,6 +181,10 @@ class Engine:
 
         return run()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CFEngineError("this engine is closed; load it again with Engine.from_pretrained(...)")
+
     def close(self) -> None:
         """Close every session and let the weights go; harmless twice."""
         for session in list(self._sessions):
@@ -188,7 +199,18 @@ class Engine:
         self.close()
 
 
-def _text_encoder(config: EngineConfig, source: str, device: str) -> TextEncoder:
+def _device_type(device: torch.device | str) -> str:
+    """ "cpu" or "cuda"; ConfigError for anything else."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = str(device)
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device {str(device)!r}; choose cpu or cuda")
+    return kind
+
+
+def _text_encoder(config: EngineConfig, source: str, device: torch.device | str) -> TextEncoder:
     """The encoder that `config.text` names; large ones are loaded when a prompt is not in the cache."""
     if config.text == "tiny_world":
         return TinyTextEncoder.from_file(source)

@@ -1,13 +1,12 @@
 """Typed functions and one table: the only door to kernels.
 
 `select(device)` picks an implementation of every operation once, when an engine is built. Asking for one that is not
-built raises an error that says how to build it; nothing falls back in silence.
+built raises an error that says how to build it; where nothing was asked for, an engine warns of what it went without.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,9 +96,17 @@ def select(device: str = "cpu", choices: Mapping[str, str] | None = None, prefer
     return Ops(**functions, names=names)
 
 
-def compiled() -> bool:
-    """True where the compiled extension can be imported."""
-    return importlib.util.find_spec("cfengine._C") is not None
+def not_built(device: str, names: Mapping[str, str]) -> list[str]:
+    """Operations of `names` that have a better implementation than the one chosen, one that does not load."""
+    missing = []
+    for op, name in names.items():
+        best = row(op, device)[0]
+        if best.name != name:
+            try:
+                load(op, best)
+            except KernelError:
+                missing.append(op)
+    return missing
 
 
 def implementations(device: str = "cpu") -> list[str]:

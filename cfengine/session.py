@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
 from cfengine.errors import CFEngineError, ConfigError
 from cfengine.memory.memory import Memory
-from cfengine.memory.policies import Window
 from cfengine.model.dit import CrossCache
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import chunk_noise
-from cfengine.scheduler.scenes import Scene, parse_scenes
+from cfengine.scheduler.scenes import timeline
 from cfengine.types import ChunkTimings, Frame, LayerEvents
 
 
@@ -31,54 +33,51 @@ class Session:
         config: EngineConfig,
         scheduler: ChunkScheduler,
         memory: Memory,
-        decoder,
+        decoder: StreamDecoder,
         encode: Callable[[str], list[CrossCache]],
         prompt: str,
         seed: int,
         on_close: Callable[[Session], None] = lambda session: None,
     ) -> None:
         self.config, self.seed = config, seed
+        self.latents: Tensor | None = None  # of the newest chunk: (chunk_frames, channels, height, width) float32
         self._scheduler, self._memory, self._decoder, self._encode = scheduler, memory, decoder, encode
         self._on_close = on_close
-        self._pending: tuple[int, Tensor, list[CrossCache], bool] | None = None  # chunk whose clean pass is due
+        self._owed: tuple[int, Tensor, list[CrossCache], bool] | None = None  # chunk whose clean pass is due
         self._start = 0  # first latent frame of the next chunk
         self._index = 0  # next video frame
         self._chunks = 0  # chunks generated
         self._text_seconds = self._clean_seconds = 0.0
-        self._scenes = self._plan(prompt)
-        self._use(self._scenes[0])
-
-    def _plan(self, prompt: str) -> list[Scene]:
-        """Scenes of the prompt: Infinity-RoPE's window reads `a[3s] | b`, other policies take the text as it is."""
-        memory = self.config.memory
-        if memory.policy == "relative_window" and memory.sink == 1:
-            frames = memory.chunk_frames * self.config.video.temporal_stride
-            return parse_scenes(prompt, fps=self.config.video.fps, frames_per_chunk=frames)
-        return [Scene(prompt, 0, False)]
-
-    def _use(self, scene: Scene) -> None:
-        started = time.perf_counter()
-        self._cross = self._encode(scene.prompt)
-        self._text_seconds += time.perf_counter() - started
-        self.prompt = scene.prompt
-        self._chunks_left = scene.chunks
+        self.set_prompt(prompt)
 
     @property
     def memory(self) -> Memory:
         """Pages and tables, to look at."""
+        self._check_open()
         return self._memory
 
+    @property
+    def prompt(self) -> str:
+        """What the newest chunk shows, or the first will."""
+        return self._timeline.scenes[self._timeline.at(max(0, self._chunks - 1 - self._prompt_since))[0]].prompt
+
     def set_prompt(self, prompt: str) -> None:
-        """Change the prompt from the next chunk on: cross-attention only, the memory keeps what it has."""
+        """Change the prompt from the next chunk on: cross-attention only, the memory keeps what it has.
+
+        Every scene is encoded here, so that no later chunk waits or fails.  Raises PromptError, with nothing changed.
+        """
         self._check_open()
-        scenes = self._plan(prompt)
-        self._use(scenes[0])
-        self._scenes = scenes
+        began = time.perf_counter()
+        scenes = timeline(prompt, self.config)
+        caches = [self._encode(scene.prompt) for scene in scenes.scenes]
+        self._timeline, self._caches, self._prompt_since = scenes, caches, self._chunks
+        self._text_seconds += time.perf_counter() - began
 
     def prime(self, latents: Tensor) -> None:
         """Take given latents as the past: clean passes over them, chunk by chunk, and through the decoder.
 
         latents: (frames, channels, height, width), whole chunks.  Frame indices go on after them.
+        Raises ConfigError for another shape.  The session closes if anything fails once the work has begun.
         """
         self._check_open()
         frames, shape = self.config.memory.chunk_frames, self._latent_shape
@@ -86,50 +85,61 @@ class Session:
             raise ConfigError(
                 f"latents to prime from are {tuple(latents.shape)}; give a multiple of {frames} frames of {shape}"
             )
-        self._finish_chunk()
-        for chunk in latents.float().split(frames):
-            self._scheduler.clean_pass(self._memory, self._cross, self._start, chunk)
-            self._index += len(self._decoder.decode(chunk))
-            self._start += frames
+        scene, _ = self._timeline.at(max(0, self._chunks - self._prompt_since))
+        with self._closing_on_error():
+            self._pay()
+            for chunk in latents.to(self._memory.device, torch.float32).split(frames):
+                self._scheduler.clean_pass(self._memory, self._caches[scene], self._start, chunk)
+                self._index += len(self._decoder.decode(chunk))
+                self._start += frames
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         video = self.config.video
         return self.config.model.in_channels, video.latent_height, video.latent_width
 
-    def _finish_chunk(self) -> None:
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """Close the session when work on a chunk is cut short: its pages and decoder would be half a chunk ahead."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _pay(self) -> None:
         """Run the clean pass that the last chunk still owes."""
-        if self._pending is None:
+        if self._owed is None:
             return
-        start, x0, cross, cut = self._pending
-        self._pending = None
+        start, x0, cross, cut = self._owed
         began = time.perf_counter()
         self._scheduler.clean_pass(self._memory, cross, start, x0, cut=cut)
-        self._clean_seconds = time.perf_counter() - began
-
-    def _next_scene(self) -> bool:
-        """Move to the next scene when the current one is over; True when the new one begins with a cut."""
-        if len(self._scenes) < 2 or self._chunks_left > 0:
-            return False
-        self._scenes.pop(0)
-        self._use(self._scenes[0])
-        if isinstance(self._memory.policy, Window):
-            self._memory.policy.flush(self._memory.tables)
-        return self._scenes[0].cut
+        self._clean_seconds, self._owed = time.perf_counter() - began, None
 
     def next_chunk(self) -> list[Frame]:
-        """Generate one chunk and return its frames (9 first, then 12, for a chunk of 3 latent frames)."""
+        """Generate one chunk and return its frames (9 first, then 12, for a chunk of 3 latent frames).
+
+        Raises CFEngineError on a closed session.  Any failure or interruption inside closes the session: there is no
+        going on from half a chunk.
+        """
         self._check_open()
+        with self._closing_on_error():
+            return self._generate()
+
+    def _generate(self) -> list[Frame]:
+        frames, start = self.config.memory.chunk_frames, self._start
         before = self._memory.snapshot_events()
-        self._finish_chunk()
-        cut = self._next_scene()
-        frames = self.config.memory.chunk_frames
+        self._pay()
+        scene, opens = self._timeline.at(self._chunks - self._prompt_since)
+        cut, cross = opens and self._timeline.scenes[scene].cut, self._caches[scene]
+        if opens:
+            self._memory.flush()
         began = time.perf_counter()
         x0 = self._scheduler.denoise(
             self._memory,
-            self._cross,
-            self._start,
-            lambda i: chunk_noise(self.seed, self._start, frames, i, self._latent_shape),
+            cross,
+            start,
+            lambda i: chunk_noise(self.seed, start, frames, i, self._latent_shape),
             cut=cut,
         )
         denoised = time.perf_counter()
@@ -145,11 +155,9 @@ class Session:
             memory=LayerEvents(promotions, evictions),
         )
         self._clean_seconds = self._text_seconds = 0.0
-        self.latents = x0
-        self._pending = (self._start, x0, self._cross, cut)
+        self.latents, self._owed = x0, (start, x0, cross, cut)
         self._start += frames
         self._chunks += 1
-        self._chunks_left -= 1
         return self._wrap(pixels, timings)
 
     def _wrap(self, pixels: np.ndarray, timings: ChunkTimings) -> list[Frame]:
@@ -158,7 +166,10 @@ class Session:
         return [Frame(image, first + i, (first + i) / fps, timings) for i, image in enumerate(pixels)]
 
     def frames(self, num_frames: int | None = None) -> Iterator[Frame]:
-        """Yield frames as chunks are decoded; None goes on for ever, any other number cuts the last chunk."""
+        """Yield frames as chunks are decoded; None goes on for ever, any other number cuts the last chunk.
+
+        Raises ConfigError for a bad number at the call, and what `next_chunk` raises.
+        """
         check_num_frames(num_frames)
         return self._frames(num_frames)
 
@@ -180,8 +191,8 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the session cannot be used afterwards. Closing twice is harmless."""
         if not self.closed:
-            self._memory = self._decoder = self._pending = None
-            self._cross = []
+            self._memory = self._decoder = self._owed = self._scheduler = self._encode = None
+            self._caches = []
             self._on_close(self)
 
     def __enter__(self) -> Session:

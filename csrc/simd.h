@@ -37,7 +37,7 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint32_t vu_mem __attribute__((vector_size(W * 4), aligned(2), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(2), may_alias));
-typedef uint16_t bf16;
+typedef uint16_t __attribute__((may_alias)) bf16;  // stored into buffers that are read as float
 
 CF_INLINE vf splat(float x) { return vf{} + x; }
 CF_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }

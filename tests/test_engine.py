@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import itertools
 
 import numpy as np
@@ -143,6 +143,42 @@ def test_priming_is_the_past(toy_engine):
     assert np.array_equal(pixels(frames), pixels(expected))
     with pytest.raises(ConfigError, match=r"\(4, 16, 4, 6\).*multiple of 3"):
         engine.session("a", latents=torch.zeros(4, 16, 4, 6))
+    assert not engine._sessions
+
+
+def test_streams_that_never_start_leave_nothing(toy_engine):
+    engine = toy_engine()
+    for _ in range(3):
+        engine.stream("a").close()
+    gc.collect()
+    assert not engine._sessions
+
+
+@pytest.mark.parametrize("where", ["denoise", "clean_pass", "decode"])
+def test_half_a_chunk_closes_the_session(toy_engine, monkeypatch, where):
+    """Pages, similarity and decoder would be ahead of the counters: going on must not be possible."""
+    engine = toy_engine()
+    session = engine.session("a")
+    session.next_chunk()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._decoder if where == "decode" else session._scheduler, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.next_chunk()
+    assert session.closed and not engine._sessions
+    with pytest.raises(CFEngineError, match="session is closed"):
+        session.next_chunk()
+
+
+def test_a_refused_prompt_changes_nothing(toy_engine):
+    engine = toy_engine()
+    with engine.session("a", seed=1) as session, engine.session("a", seed=1) as other:
+        with pytest.raises(PromptError):
+            session.set_prompt("x " * 13)
+        assert session.prompt == "a"
+        assert np.array_equal(pixels(session.next_chunk()), pixels(other.next_chunk()))
 
 
 def test_prompt_can_change_between_chunks(toy_engine):
@@ -150,12 +186,11 @@ def test_prompt_can_change_between_chunks(toy_engine):
     with engine.session("a", seed=1) as session, engine.session("a", seed=1) as other:
         assert np.array_equal(pixels(session.next_chunk()), pixels(other.next_chunk()))
         other.set_prompt("d e")
-        assert other.prompt == "d e"
         assert not np.array_equal(pixels(session.next_chunk()), pixels(other.next_chunk()))
 
 
 def test_scenes_of_infinity_rope(toy_engine, monkeypatch):
-    memory = dataclasses.replace(with_policy(MemoryConfig(), "relative_window"), sink=1, fast=20)
+    memory = MemoryConfig(policy="relative_window", sink=1, slow=0, fast=5, scenes=True)
     engine = toy_engine(memory=memory)
     with engine.session("a[0.75s#] | b[1.5s] | c", seed=1) as session:
         prompts = []
@@ -165,6 +200,8 @@ def test_scenes_of_infinity_rope(toy_engine, monkeypatch):
             if len(prompts) == 2:
                 assert session.memory.tables.layers[0].q_positions.tolist() == [45, 46, 47]
     assert prompts == ["a", "b", "b", "c", "c"]
+    with pytest.raises(PromptError, match="13 words"):  # at the call, not when its turn comes
+        engine.stream("a[1s] | " + "x " * 13)
 
 
 def test_timings_and_memory_events(toy_engine):
@@ -176,8 +213,9 @@ def test_timings_and_memory_events(toy_engine):
     promotions = [chunks[i].memory.promotions for i in range(14)]
     # every second chunk from frame 6 on is kept, in both layers
     assert promotions == [2 if i >= 2 and i % 2 == 0 else 0 for i in range(14)]
-    # 21 slots are full after chunk 6; from then on a chunk pushes three frames a layer out of fast memory
-    assert all(chunks[i].memory.evictions > 0 for i in range(7, 14))
+    # 21 slots are full after chunk 6; until then a promotion overwrites an old frame in slow memory, from then on a
+    # chunk also pushes three frames a layer out of fast memory, one of which slow memory may hold
+    assert all(4 <= chunks[i].memory.evictions <= 8 for i in range(7, 14))
 
 
 def test_bfloat16_is_close_to_float32(toy_engine):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig
 from cfengine.memory.pages import PagePool, Tables
-from cfengine.memory.policies import Pass, make_policy
+from cfengine.memory.policies import Pass, Window, make_policy
 from cfengine.ops import Ops
 
 
@@ -21,7 +21,8 @@ class Memory:
         self.policy = make_policy(config.memory, ops)
         self.ops = ops
         self.promotions = torch.zeros((), dtype=torch.int64, device=device)
-        self.sink = 0 if config.memory.policy == "fifo" else config.memory.sink
+        self.sink = config.memory.kept_sink
+        self.keep = 1 if config.memory.policy == "slow_fast_paper" else config.memory.keep
         self.grid, self.eps, self.theta = config.grid, config.model.eps, config.model.theta
 
     @property
@@ -49,9 +50,23 @@ class Memory:
             query, k_pages, v_pages, table.page_ids, table.positions, table.count, table.q_positions, theta=self.theta
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.pool.k.device
+
+    def flush(self) -> None:
+        """Start a new scene, where the policy knows scenes."""
+        if isinstance(self.policy, Window):
+            self.policy.flush(self.tables)
+
     def end_pass(self) -> None:
-        """Count what the rules did in a pass, on the device."""
-        self.promotions += (self.tables.stacked.decision[:, 3] > 0).sum()
+        """Count the pages promoted in a pass, on the device."""
+        self.promotions += self.keep * (self.tables.stacked.decision[:, 3] > 0).sum()
+
+    def slots_in_use(self, layer: int) -> int:
+        """Slots that a layer has written, from the first; a window's sink may be attended beyond them."""
+        windowed = isinstance(self.policy, Window)
+        return int(self.tables.ends[layer] if windowed else self.tables.layers[layer].count)
 
     def snapshot_events(self) -> tuple[int, np.ndarray]:
         """A point to count events from: promotions so far, and which latent frames the tables show."""

@@ -52,5 +52,6 @@ class Tables:
             similarity=torch.full((layers, 1), float("nan"), device=device),
         )
         self.stacked.spare_ids.copy_(torch.arange(1, frames + 1, dtype=torch.int32))
+        self.ends = integers(1)  # windows: slots written, which LongLive's attended sink may exceed
         self.marked = integers(slots)  # slow_fast_paper: 1 where the page will join slow memory
         self.layers = [LayerTable(*(tensor[layer] for tensor in self.stacked)) for layer in range(layers)]

@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 import torch
 
 from cfengine.config import MemoryConfig
-from cfengine.errors import ConfigError
 from cfengine.kernels.slow_fast_update.reference import SlowFastRule
 from cfengine.memory.pages import LayerTable, Tables
 from cfengine.ops import Ops
@@ -31,7 +30,12 @@ class Pass(NamedTuple):
 class Policy(Protocol):
     """Interface of every rule."""
 
-    def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None: ...
+    def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
+        """Bring a layer's table up to date with a pass whose keys and values lie in its spare pages.
+
+        key_mean: (dim,) float32, mean of the chunk's normed, unrotated keys      changes row `layer` of `tables`
+        """
+        ...
 
 
 class _Row:
@@ -69,7 +73,7 @@ class SlowFast:
         self._update = ops.slow_fast_update
         self.rule = SlowFastRule(
             sink=config.sink,
-            slow=config.slow,
+            slow=config.slots - config.sink - config.fast,
             fast=config.fast,
             slots=config.slots,
             chunk_frames=config.chunk_frames,
@@ -80,6 +84,7 @@ class SlowFast:
         )
 
     def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
+        """See `Policy.update`."""
         self._update(tables.layers[layer], key_mean, step.start_frame, self.rule)
 
 
@@ -95,6 +100,7 @@ class SlowFastPaper:
         self.config = config
 
     def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
+        """See `Policy.update`; only clean passes compare key_mean."""
         config, table, marked = self.config, tables.layers[layer], tables.marked[layer]
         frames, first = config.chunk_frames, step.start_frame
         row, marks = _Row(table), marked.tolist()
@@ -109,9 +115,9 @@ class SlowFastPaper:
             sink, fast = sink + incoming[:room], fast + incoming[room:]
             while len(fast) > config.fast:
                 page, shifted = fast.pop(0), True
-                if page[2]:
+                if page[2] and config.slow:
                     action = FILL if len(kept) < config.slow else ROLL
-                    kept = (kept + [page])[-config.slow :] if config.slow else []
+                    kept = (kept + [page])[-config.slow :]
             slow = len(kept)
             pages = sink + kept + fast
             row.end, row.seen = len(pages), first + frames
@@ -148,48 +154,48 @@ class Window:
     """A sliding window behind an optional sink, at absolute or at window-relative positions.
 
     `fifo`: Self-Forcing (`wan/modules/causal_model.py`), no sink, absolute positions.  `sink_window`: LongLive v1.0,
-    the first frames are kept for ever.  `relative_window`: position = slot number, LongLive's infinity file and, with a
-    sink of one frame, Infinity-RoPE, whose query sits at the frame number until the window is full.
+    the first frames are kept for ever.  `relative_window`: position = slot number, LongLive's infinity file, or with
+    `MemoryConfig.scenes` Infinity-RoPE, whose query sits at the frame number until the window is full.
     """
 
     def __init__(self, config: MemoryConfig, ops: Ops) -> None:
-        self.config = config
-        self.sink = 0 if config.policy == "fifo" else config.sink
+        self.config, self.sink = config, config.kept_sink
         self.relative = config.policy == "relative_window"
 
     def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
+        """See `Policy.update`; key_mean is not looked at."""
         config, sink = self.config, self.sink
         frames, slots, first = config.chunk_frames, config.slots, step.start_frame
         row = _Row(tables.layers[layer])
+        end = int(tables.ends[layer])
         new = first + frames > row.seen
-        overflow = max(0, row.end + frames - slots) if new else 0
-        if overflow:
-            moved = row.end - overflow - sink
-            if moved < 0:
-                raise ConfigError(
-                    f"a window of {slots} slots with a sink of {sink} has no room for a chunk of {frames}; enlarge it"
-                )
+        overflow = max(0, end + frames - slots) if new else 0
+        moved = end - overflow - sink
+        if overflow and moved > 0:
             for values in (row.ids, row.sources):
                 values[sink : sink + moved] = values[sink + overflow : sink + overflow + moved]
-        row.end += first + frames - row.seen - overflow
+        end += first + frames - row.seen - overflow
         row.seen = first + frames
         for i in range(frames):
-            slot = row.end - frames + i
+            slot = end - frames + i
             # LongLive never lets a later pass rewrite the sink, except in the first chunk
-            if self.sink > 1 and not new and first > 0 and slot < sink:
+            if slot < sink and not new and first > 0 and not config.scenes:
                 continue
             row.ids[slot], row.sources[slot] = row.spare[i], first + i
 
+        # LongLive attends to the whole sink, also to what the first chunk has not filled of it
+        row.end = max(end, sink) if config.policy == "sink_window" else end
         if not self.relative:
             positions, query = list(row.sources), first
         else:
-            positions = list(range(row.end))
-            in_window = self.sink == 1 and not overflow and first < slots
-            query = first if in_window else row.end - frames if self.sink != 1 else slots - frames
+            in_window = config.scenes and not overflow and first < slots
+            positions = list(range(end))
+            query = first if in_window else slots - frames if config.scenes else end - frames
         q_positions = [query + i for i in range(frames)]
         if step.cut:
             q_positions[-SCENE_FRAMES:] = CUT_POSITIONS
-            positions[row.end - SCENE_FRAMES : row.end] = CUT_POSITIONS
+            positions[end - SCENE_FRAMES : end] = CUT_POSITIONS
+        tables.ends[layer] = end
         row.write(positions, q_positions, shifted=overflow > 0)
 
     def flush(self, tables: Tables) -> None:
@@ -199,7 +205,8 @@ class Window:
             ids[1:SCENE_FRAMES], sources[1:SCENE_FRAMES] = ids[-2:], sources[-2:]
             table.page_ids.copy_(torch.tensor(ids, dtype=torch.int32))
             table.sources.copy_(torch.tensor(sources, dtype=torch.int32))
-            table.count.fill_(SCENE_FRAMES)
+        tables.ends.fill_(SCENE_FRAMES)
+        tables.stacked.count.fill_(SCENE_FRAMES)
 
 
 SCENE_FRAMES = 3  # what Infinity-RoPE keeps across a scene, and the length of its rotary cut

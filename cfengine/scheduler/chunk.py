@@ -53,14 +53,15 @@ class ChunkScheduler:
         """
         schedule = self.schedule
         step = Pass(start_frame, cut=cut)
-        x = noise(0)
+        device = memory.device
+        x = noise(0).to(device)
         for i, timestep in enumerate(schedule.warped):
             flow = self._pass(memory, x, step, timestep, cross, trace=trace)
             x0 = flow_to_x0(x, flow, schedule.sigma(timestep))
             if observe:
                 observe(i, timestep, flow, x0)
             if i + 1 < len(schedule.warped):
-                x = renoise(x0, noise(i + 1), schedule.sigma(schedule.warped[i + 1]))
+                x = renoise(x0, noise(i + 1).to(device), schedule.sigma(schedule.warped[i + 1]))
         return x0
 
     @torch.inference_mode()

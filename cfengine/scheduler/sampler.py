@@ -55,7 +55,7 @@ def counter_noise(seed: int, frame: int, step: int, shape: tuple[int, ...]) -> T
     Philox (Salmon et al., SC 2011) keyed by the seed, counted from (frame, step): what was streamed before does not
     matter, and two sessions with the same seed see the same noise.
     """
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, frame, step]))
+    generator = np.random.Generator(np.random.Philox(key=int(seed), counter=[0, 0, frame, step]))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 

@@ -51,8 +51,8 @@ def load_trace(path: Path) -> Trace:
             raise TraceError(f"{file} does not exist; a trace is a .safetensors and a .json of the same stem")
     try:
         meta = json.loads(description.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise TraceError(f"{description} is not JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise TraceError(f"{description} cannot be read as JSON: {error}") from error
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -96,8 +96,8 @@ def memory_config(trace: Trace) -> EngineConfig:
     )
 
 
-# What the official code takes where a trace does not say: (kind of repository) -> model_kwargs
-_DEFAULTS: dict[str, dict[str, Any]] = {
+# model_kwargs of a trace that names none: what the repository's own configuration file passes ...
+_CONFIGURED: dict[str, dict[str, Any]] = {
     "cf": {
         "local_attn_size": 6,
         "sink_size": 3,
@@ -107,19 +107,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_new_context_tokens": 1,
         "keyframe_sample": "sim",
     },
-    "sf": {"local_attn_size": -1, "sink_size": 0},
+    "sf": {},
     "ll": {"local_attn_size": 12, "sink_size": 3},
     "lli": {"local_attn_size": 12, "sink_size": 3},
-    "ir": {"local_attn_size": -1, "sink_size": 1},
+    "ir": {"local_attn_size": 6, "sink_size": 1},
 }
-_POLICIES = {"sf": "fifo", "ll": "sink_window", "lli": "relative_window", "ir": "relative_window"}
+# ... and what a model takes for an argument that is not passed
+_UNSET = {"local_attn_size": -1, "sink_size": 0}
+_POLICIES = {"ll": "sink_window", "lli": "relative_window", "ir": "relative_window"}
 
 
 def dit_config(trace: Trace) -> EngineConfig:
     """Configuration of a `dit` trace."""
     value, repo = trace.value, trace.value("repo")
-    if repo not in _DEFAULTS:
-        raise TraceError(f"{trace.path.with_suffix('.json')}: repo is {repo!r}, expected one of {', '.join(_DEFAULTS)}")
+    if repo not in _CONFIGURED:
+        raise TraceError(
+            f"{trace.path.with_suffix('.json')}: repo is {repo!r}, expected one of {', '.join(_CONFIGURED)}"
+        )
     model = value("model")
     height, width = value("latent_hw")
     return EngineConfig(
@@ -137,7 +141,7 @@ def dit_config(trace: Trace) -> EngineConfig:
             freq_dim=model["freq_dim"],
             eps=model.get("eps", 1e-6),
         ),
-        memory=_dit_memory(repo, value("chunk_frames"), _DEFAULTS[repo] | trace.meta.get("model_kwargs", {})),
+        memory=_dit_memory(repo, value("chunk_frames"), _model_kwargs(repo, trace.meta.get("model_kwargs"))),
         sampler=SamplerConfig(
             steps=tuple(trace.meta.get("denoising_step_list", (1000, 750, 500, 250))),
             shift=trace.meta.get("timestep_shift", 5.0),
@@ -148,25 +152,38 @@ def dit_config(trace: Trace) -> EngineConfig:
     )
 
 
+def _model_kwargs(repo: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Complete the official keyword arguments of a trace."""
+    if given is None:
+        return _UNSET | _CONFIGURED[repo]
+    return (_CONFIGURED["cf"] if repo == "cf" else _UNSET) | given
+
+
 def _dit_memory(repo: str, chunk_frames: int, kwargs: dict[str, Any]) -> MemoryConfig:
-    """Map the official model_kwargs to a policy; rope_length 0 makes the Context Forcing code a Self-Forcing window."""
-    if repo == "cf" and not kwargs["rope_length"]:
-        repo, kwargs = "sf", {"local_attn_size": kwargs["cache_size"], "sink_size": 0}
-    if repo == "cf":
+    """Map the official model_kwargs to a policy; rope_length 0 makes the Context Forcing code a plain window."""
+    sink = kwargs["sink_size"]
+    if repo == "cf" and kwargs["rope_length"]:
         by_similarity = kwargs["keyframe_sample"] == "sim"
+        slots = kwargs["cache_size"] or 21
         return MemoryConfig(
             policy="slow_fast" if by_similarity else "uniform",
-            sink=kwargs["sink_size"],
+            sink=sink,
             fast=kwargs["local_attn_size"],
-            slow=kwargs["cache_size"] - kwargs["sink_size"] - kwargs["local_attn_size"],
+            slow=slots - sink - kwargs["local_attn_size"],
             chunk_frames=chunk_frames,
             rope_length=kwargs["rope_length"],
             keep=kwargs["num_new_context_tokens"],
             interval=0 if by_similarity else kwargs["keyframe_interval"],
-            slots_override=kwargs["cache_size"],
+            slots_override=slots,
         )
-    window = 21 if kwargs["local_attn_size"] == -1 else kwargs["local_attn_size"]
-    sink = kwargs["sink_size"]
+    window = kwargs["cache_size"] or 21 if repo == "cf" else kwargs["local_attn_size"]
+    window = 21 if window == -1 else window
     return MemoryConfig(
-        policy=_POLICIES[repo], sink=sink, slow=0, fast=window - sink, chunk_frames=chunk_frames, slots_override=window
+        policy=_POLICIES.get(repo, "sink_window" if sink else "fifo"),
+        sink=sink,
+        slow=0,
+        fast=window - sink,
+        chunk_frames=chunk_frames,
+        slots_override=window,
+        scenes=repo == "ir",
     )

@@ -86,7 +86,7 @@ void update(const Table& t, const float* key_mean, int dim, int start_frame, con
     std::copy(key_mean, key_mean + dim, t.last_key);
 
     const bool already = *t.promoted > 0 && t.sources[r.sink + *t.promoted - 1] == start_frame;
-    const bool can_fill = r.sink + *t.promoted + r.keep + r.fast <= r.slots;
+    const bool can_fill = r.keep > 0 && r.sink + *t.promoted + r.keep + r.fast <= r.slots;
     const int action = keyframe && !already && r.keep > 0 ? promote(t, r, start_frame, can_fill) : 0;
 
     const bool shift = start_frame + r.frames > *t.seen && *t.count + r.frames > r.slots;

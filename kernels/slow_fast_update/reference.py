@@ -67,7 +67,7 @@ def slow_fast_update(table: SlowFastTable, key_mean, start_frame: int, rule: Slo
     table.last_key.copy_(key_mean)
 
     already = promoted > 0 and sources[sink + promoted - 1] == start_frame
-    can_fill = sink + promoted + keep + fast <= slots
+    can_fill = keep > 0 and sink + promoted + keep + fast <= slots
     action = 0
     if keyframe and not already and keep > 0:
         new_sources = [start_frame + i for i in range(keep)]

@@ -51,24 +51,74 @@ def test_a_wrong_action_is_found(tmp_path, capsys):
     assert "action: fill, expected roll" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["no_shift", "absolute_positions", "never_promote"])
-def test_wrong_rules_are_found(wrong, monkeypatch):
-    """Replay notices an engine whose rule is not the recorded one."""
+def repr_on_promotion_only(right, policy, tables, layer, key_mean, step):
+    last = tables.layers[layer].last_key.clone()
+    right(policy, tables, layer, key_mean, step)
+    if not tables.layers[layer].decision[3] and step.start_frame >= policy.rule.fast:
+        tables.layers[layer].last_key.copy_(last)
+
+
+def clean_pass_only(right, policy, tables, layer, key_mean, step):
+    right(policy, tables, layer, key_mean if step.clean else tables.layers[layer].last_key.clone(), step)
+    tables.layers[layer].last_key.copy_(key_mean)
+
+
+def layer_zero_decides(right, policy, tables, layer, key_mean, step):
+    table = tables.layers[layer]
+    if layer == 0:
+        policy.first = (table.last_key.clone(), key_mean.clone())
+    table.last_key.copy_(policy.first[0])
+    right(policy, tables, layer, policy.first[1], step)
+    table.last_key.copy_(key_mean)
+
+
+def last_frame_promoted(right, policy, tables, layer, key_mean, step):
+    table, rule = tables.layers[layer], policy.rule
+    written = table.spare_ids.clone()
+    right(policy, tables, layer, key_mean, step)
+    action = int(table.decision[3])
+    if action:
+        slot = rule.sink + int(table.promoted) - 1 if action == policies.FILL else rule.slots - rule.fast - 1
+        table.page_ids[slot] = written[-1]
+
+
+def absolute_positions(right, policy, tables, layer, key_mean, step):
+    right(policy, tables, layer, key_mean, step)
+    table = tables.layers[layer]
+    table.positions.copy_(table.sources)
+    table.q_positions.copy_(step.start_frame + torch.arange(len(table.q_positions), dtype=torch.int32))
+
+
+WRONG = [
+    (repr_on_promotion_only, "memory_base"),
+    (clean_pass_only, "memory_base"),
+    (layer_zero_decides, "dit_cf_roll"),
+    (last_frame_promoted, "memory_base"),
+    (absolute_positions, "memory_base"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "stem"), WRONG, ids=[wrong.__name__ for wrong, _ in WRONG])
+def test_wrong_rules_are_found(wrong, stem, monkeypatch):
+    """Replay notices an engine whose rule is not the recorded one, in each way that is easy to get wrong."""
     right = policies.SlowFast.update
+    monkeypatch.setattr(policies.SlowFast, "update", lambda self, *args: wrong(right, self, *args))
+    report = replay.replay(DATA / f"{stem}.safetensors", ops.select("cpu"))
+    assert report.mismatches or report.worst[0] > 1e-3, report.worst
 
-    def update(self, tables, layer, key_mean, step):
-        if wrong == "never_promote":
-            tables.layers[layer].last_key.copy_(key_mean)
-        right(self, tables, layer, key_mean, step)
-        table = tables.layers[layer]
-        if wrong == "absolute_positions":
-            table.positions.copy_(table.sources)
-        if wrong == "no_shift":
-            table.page_ids.copy_(table.page_ids.roll(1))
 
-    monkeypatch.setattr(policies.SlowFast, "update", update)
-    report = replay.replay(DATA / "memory_base.safetensors", ops.select("cpu", prefer="reference"))
-    assert report.failed and (report.worst[0] > 1e-3 or report.mismatches)
+def test_a_gutted_trace_is_refused(tmp_path, capsys):
+    def without_layers(_, description):
+        for step in description["steps"]:
+            step["layers"] = []
+
+    def without_decisions(_, description):
+        for step in description["steps"]:
+            del step["action"]
+
+    for stem, edit in (("dit_sf", without_layers), ("memory_fastmin", without_decisions)):
+        assert replay.main([str(edited(tmp_path, stem, edit))]) == 2
+        assert "layers" in (said := capsys.readouterr().err) or "action" in said
 
 
 def test_summary_line(capsys):
@@ -98,6 +148,9 @@ def test_bad_files_are_refused(tmp_path, capsys):
     empty.mkdir()
     assert replay.main([str(empty)]) == 2
     assert "no .safetensors" in capsys.readouterr().err
+    half = edited(tmp_path, "memory_fastmin", lambda tensors, _: tensors.update(x=tensors["x"].half()))
+    assert replay.main([str(half)]) == 2
+    assert "malformed" in capsys.readouterr().err
     missing = edited(tmp_path, "dit_sf", lambda tensors, _: tensors.pop("in.noise"))
     assert replay.main([str(missing)]) == 2
     assert "in.noise" in capsys.readouterr().err
