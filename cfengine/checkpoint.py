@@ -79,8 +79,11 @@ def read(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"weight file {path} does not exist; check the path, or fetch the checkpoint again")
-    with path.open("rb") as file:
-        head = file.read(len(_LFS))
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LFS))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if head == _LFS:
         raise CheckpointError(f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` in its folder")
     if path.name.endswith(".index.json"):
@@ -159,7 +162,8 @@ def _read_torch(path: Path) -> Any:
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        f"{path} ({path.stat().st_size} bytes) is truncated, corrupt or no checkpoint: {reason}; fetch it again"
+        f"{path} ({path.stat().st_size} bytes) is truncated, corrupt or no checkpoint: {reason}; fetch it again, "
+        "or if it is whole but pickles more than tensors, save its state dict alone"
     )
 
 
