@@ -81,6 +81,13 @@ def generate(
     policy: Annotated[
         str | None, typer.Option(help=f"Memory policy: {', '.join(POLICIES)}.", show_default="the model's")
     ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.", show_default="the model's")
+    ] = None,
+    taehv: Annotated[
+        Path | None,
+        typer.Option(help="taew2_1 weights of TAEHV, to decode faster than with the Wan VAE.", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="the device's")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
@@ -104,6 +111,8 @@ def generate(
             frames=frames,
             seed=seed,
             policy=policy,
+            size=size,
+            taehv=taehv,
             device=device,
             dtype=dtype,
             threads=threads,

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from cfengine.config import POLICIES, preset
+from cfengine.config import POLICIES, VideoConfig, preset
 from cfengine.errors import CFEngineError, ConfigError, OutputError, PromptError
 from cfengine.video import VideoWriter, check_output
 
@@ -41,6 +41,8 @@ class Request:
     frames: int | None = None
     seed: int = 0
     policy: str | None = None
+    size: str | None = None  # WIDTHxHEIGHT
+    taehv: Path | None = None
     device: str = "cpu"
     dtype: str | None = None
     threads: int | None = None
@@ -67,9 +69,21 @@ class Request:
             raise ConfigError(f"unknown device {self.device!r}; give cpu, cuda or cuda:N")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.pixels is not None:
+            VideoConfig(*self.pixels)
         if "/" not in self.model and not Path(self.model).exists():
             preset(self.model)  # neither a path nor owner/name: only a preset's name is left
         check_output(self.output)
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """(width, height) of --size, or None where it was not given; ConfigError for anything but WIDTHxHEIGHT."""
+        if self.size is None:
+            return None
+        width, found, height = self.size.lower().partition("x")
+        if not (found and width.isdecimal() and height.isdecimal()):
+            raise ConfigError(f"--size is {self.size!r}; give WIDTHxHEIGHT in pixels, such as 832x480")
+        return int(width), int(height)
 
     def frame_count(self, fps: float) -> int:
         """Video frames to make: at least --seconds of them."""
@@ -201,6 +215,8 @@ def load(request: Request) -> Engine:
         device=request.device,
         dtype=request.dtype,
         policy=request.policy,
+        size=request.pixels,
+        taehv=request.taehv,
         threads=request.threads,
     )
 
