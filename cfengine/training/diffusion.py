@@ -24,10 +24,11 @@ from cfengine.training.state import Progress, World
 
 COPIES = 2  # noisy copies of every chunk in a step
 LENGTHS = {  # chunks of a session, sessions in a batch of one process: share of batches early, late
-    (4, 4): (0.45, 0.1),
-    (8, 2): (0.45, 0.4),
-    (16, 1): (0.1, 0.32),
-    (28, 1): (0.0, 0.18),
+    (2, 8): (0.0, 0.15),
+    (4, 4): (0.45, 0.2),
+    (8, 2): (0.45, 0.3),
+    (16, 1): (0.1, 0.2),
+    (28, 1): (0.0, 0.15),
 }
 
 
