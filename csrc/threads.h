@@ -1,7 +1,7 @@
 // Threads of a kernel: OpenMP's, so that torch's own pool (same library, same team) is used and none is started twice.
 //
-// Measured against a pool of our own on 2 cores: torch's idle worker spins for milliseconds after every operation, and
-// a second pool has to fight it for the core.
+// An idle OpenMP worker spins for a while after every operation before it sleeps; a second pool would have to fight
+// torch's for the cores. Where another build of torch brings its own runtime under another name, both pools exist.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ inline int thread_index() {
 #endif
 }
 
-// Threads worth waking for a number of elements: below about ten microseconds of work, one.
-inline int threads_for(int64_t elements, int threads) { return elements < 32768 ? 1 : threads; }
+// Threads worth waking for a number of elements: below about 30 microseconds of work, one.
+inline int threads_for(int64_t elements, int threads) { return elements < 131072 ? 1 : threads; }
 
 // Grow-only scratch memory of the calling thread, aligned to a cache line: a fresh allocation of megabytes per call
 // would be paid in page faults.
