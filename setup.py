@@ -36,6 +36,8 @@ class CMakeBuild(build_ext):
     """Build `cfengine._C` with CMake; without the means to do so, warn once and go on without it."""
 
     def run(self) -> None:
+        # a binary of older sources would take the new arguments as they come: none is better
+        Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)
         try:
             self.build_with_cmake()
         except (OSError, subprocess.CalledProcessError, ImportError) as error:

@@ -18,6 +18,7 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape(24, 3, 21, 6, 32),  # tiny-world
     Shape(390, 3, 4, 2, 64),  # pages longer than a tile of keys
+    Shape(390, 1, 4, 10, 64),  # more heads than are packed at a time
     Shape(130, 1, 3, 1, 128),  # head size of Wan 2.1
     Shape(9, 3, 5, 2, 22),  # odd: tokens, keys and channels all leave remainders
     Shape(1, 1, 1, 1, 2),  # smallest
