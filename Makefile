@@ -8,6 +8,8 @@ INSTALL = $(BIN)/python -m pip install --constraint constraints.txt
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c "$(NEW_ENOUGH)" 2>/dev/null && { echo "$$p"; break; }; done)
+SAY_WHAT_IS_MISSING = $(BIN)/python -c "import cfengine._C" 2>/dev/null \
+	|| echo "note: the compiled kernels were not built, so everything runs slower; .venv/bin/cfengine doctor says why"
 BUILT_FROM := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* kernels/*/*.cpp)
 
 .PHONY: help demo test test-all replay lint clean
@@ -54,10 +56,12 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	$(INSTALL) --editable .
+	@$(SAY_WHAT_IS_MISSING)
 	@touch $@
 
 $(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
 	$(INSTALL) --editable ".[test]"
+	@$(SAY_WHAT_IS_MISSING)
 	@touch $@ $(VENV)/.installed
 
 clean:
