@@ -161,6 +161,8 @@ def _read_torch(path: Path) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if "weights_only" in str(error):  # torch advises to run what the file pickles; we never do
+        reason = "it pickles more than tensors, or is damaged"
     return CheckpointError(
         f"{path} ({path.stat().st_size} bytes) is truncated, corrupt or no checkpoint: {reason}; fetch it again, "
         "or if it is whole but pickles more than tensors, save its state dict alone"
