@@ -14,6 +14,7 @@ from cfengine.training import world
 from cfengine.training.optimiser import Both, schedule
 
 NOISE = 0.12  # largest size of the noise on unit-variance latents
+REFINING_NOISE = 0.1
 THIRDS = 3  # panoramas are drawn at steps of 1/3 pixel: every yaw of every camera script is a multiple of that
 
 
@@ -77,6 +78,13 @@ def settle_norm(codec: TinyWorldCodec, turns: torch.Tensor, draw: torch.Generato
     norm.running_var.copy_(raw.var(0))
 
 
+def optimiser_of(nets: torch.nn.Module, codec: TinyWorldCodec) -> Both:
+    """Muon inside, AdamW for biases and for the layers that touch latents or pixels last."""
+    edges = {id(p) for p in (codec.decoder_net.leave.weight, codec.encoder_net.net[4].weight)}
+    matrices = [p for p in nets.parameters() if p.dim() > 1 and id(p) not in edges]
+    return Both(matrices, [p for p in nets.parameters() if p.dim() == 1 or id(p) in edges])
+
+
 def train_codec(
     out: Path, seed: int, steps: int, report: Callable[[str, dict], None], scenes: int = 400, batch: int = 24
 ) -> TinyWorldCodec:
@@ -88,10 +96,7 @@ def train_codec(
     turns = panoramas(scenes, seed + 1)
     codec = TinyWorldCodec(PatchEncoder(), PairDecoder())
     nets = torch.nn.ModuleList([codec.encoder_net, codec.decoder_net]).train().to(memory_format=torch.channels_last)
-    edges = {id(p) for p in (codec.decoder_net.leave.weight, codec.encoder_net.net[4].weight)}
-    matrices = [p for p in nets.parameters() if p.dim() > 1 and id(p) not in edges]
-    others = [p for p in nets.parameters() if p.dim() == 1 or id(p) in edges]
-    optimiser, kept, begin = Both(matrices, others), out.with_suffix(".state"), 0
+    optimiser, kept, begin = optimiser_of(nets, codec), out.with_suffix(".state"), 0
     if kept.exists():
         state = torch.load(kept, weights_only=True)
         nets.load_state_dict(state["nets"])
@@ -114,5 +119,27 @@ def train_codec(
             }
             torch.save(state, kept)
     settle_norm(codec, turns, draw)
+    codec.save(out)
+    return TinyWorldCodec.from_file(out)
+
+
+def refine_decoder(
+    codec: TinyWorldCodec, out: Path, seed: int, steps: int, report: Callable[[str, dict], None], batch: int = 24
+) -> TinyWorldCodec:
+    """Train the decoder alone for `steps` more steps (or load `out`); latents stay what they are."""
+    if out.exists():
+        return TinyWorldCodec.from_file(out)
+    draw = torch.Generator().manual_seed(seed)
+    turns = panoramas(400, seed)
+    codec.encoder_net.requires_grad_(False).eval()
+    net = codec.decoder_net.train().to(memory_format=torch.channels_last)
+    optimiser = optimiser_of(net, codec)
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = codec_loss(codec, codec_batch(turns, batch, draw), REFINING_NOISE, draw)
+        loss.backward()
+        optimiser.step(schedule(step, steps, 2e-3, 40))
+        if step % 25 == 0:
+            report("decoder", {"step": step, "of": steps, "loss": loss.item()})
     codec.save(out)
     return TinyWorldCodec.from_file(out)

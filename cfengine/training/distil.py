@@ -26,7 +26,7 @@ from cfengine.training.parallel import draws, rank
 from cfengine.training.state import Progress, World
 
 BETWEEN = 2  # Euler steps from one level of the sampler to the next
-TAIL = 4  # Euler steps from the last level to zero
+TAIL = 3  # Euler steps from the last level to zero
 
 
 def path_levels(levels: Tensor) -> list[float]:

@@ -10,6 +10,7 @@ from cfengine.training import world
 
 SKY_ROWS, GROUND_ROWS = slice(0, 12), slice(51, world.HEIGHT)  # no landmark and no hill ever reaches them
 _STAND = slice(12, 50)  # rows that hold landmarks
+_CONTRAST = 4.0  # rounding and codec noise make about 1; hills alone make 5 to 100 where they can be seen at all
 _TOLERANCE = 60.0  # distance in RGB within which a pixel belongs to a landmark colour; colours are 150 and more apart
 
 
@@ -28,7 +29,8 @@ class Seen(NamedTuple):
 def image_shift(before: np.ndarray, after: np.ndarray, reach: int = 30) -> float:
     """Pixels by which the camera's view moved to the right between two frames (H, W, 3): the shift with least squares.
 
-    The mean squared difference of the overlap is taken at whole pixels and refined by a parabola.
+    The mean squared difference of the overlap is taken at whole pixels and refined by a parabola. NaN where the view
+    has nothing to hold on to: no shift is worse than the best by `_CONTRAST` squared levels of 255.
     """
     a, b = before[_STAND].astype(np.float64), after[_STAND].astype(np.float64)
     width = a.shape[1]
@@ -37,6 +39,8 @@ def image_shift(before: np.ndarray, after: np.ndarray, reach: int = 30) -> float
         left, right = (a[:, shift:], b[:, : width - shift]) if shift >= 0 else (a[:, :shift], b[:, -shift:])
         errors.append(float(((left - right) ** 2).mean()))
     best = int(np.argmin(errors))
+    if max(errors) - errors[best] < _CONTRAST:
+        return float("nan")
     offset = 0.0
     if 0 < best < 2 * reach:
         low, middle, high = errors[best - 1 : best + 2]

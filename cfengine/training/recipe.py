@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cfengine.config import EngineConfig, preset
 from cfengine.errors import OutputError
 from cfengine.model.text_tiny import TinyTextEncoder
-from cfengine.training.codec import train_codec
+from cfengine.training.codec import refine_decoder, train_codec
 from cfengine.training.data import build_strips
 from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
@@ -44,9 +44,10 @@ class Effort(NamedTuple):
     """How much of everything; the defaults made the shipped weights."""
 
     codec_steps: int = 1600
+    decoder_steps: int = 600
     scenes: int = 1500
-    dit_steps: int = 2400
-    distil_steps: int = 250
+    dit_steps: int = 1500
+    distil_steps: int = 290
 
 
 def averaged(state: Path, config: EngineConfig) -> tuple[World, int]:
@@ -91,9 +92,10 @@ def train(
         raise OutputError(f"training folder {out} cannot be made ({problem}); choose another --out") from problem
     config = config or preset("tiny-world")
     codec = train_codec(out / "codec.safetensors", seed, effort.codec_steps, report)
-    codec.save(weights / "codec.safetensors")
     report("strips", {"scenes": effort.scenes})
     build_strips(codec, effort.scenes, seed + 2, out / "strips.safetensors")
+    refined = refine_decoder(codec, out / "refined.safetensors", seed + 5, effort.decoder_steps, report)
+    refined.save(weights / "codec.safetensors")
     stages = ((_diffusion, "dit.state", effort.dit_steps), (_distillation, "distil.state", effort.distil_steps))
     for stage, state, steps in stages:
         if steps:

@@ -67,9 +67,9 @@ def test_strips_hold_every_view(codec: TinyWorldCodec) -> None:
 def test_a_few_steps_of_training_help_and_a_file_keeps_them(tmp_path) -> None:
     losses: list[float] = []
     path = tmp_path / "codec.safetensors"
-    codec = train_codec(path, 0, 51, lambda stage, values: losses.append(values["loss"]), scenes=4, batch=4)
-    # measured: 0.9 to about 0.3; without learning it stays at 0.9
-    assert losses[-1] < 0.6 * losses[0]
+    codec = train_codec(path, 0, 26, lambda stage, values: losses.append(values["loss"]), scenes=2, batch=2)
+    # measured: 0.9 to about 0.4; without learning it stays at 0.9
+    assert losses[-1] < 0.7 * losses[0]
     frames = world.render(world.random_scene(np.random.default_rng(3)), world.camera_yaws([16]))
     latents = codec.encoder().encode(frames)
     again = TinyWorldCodec.from_file(path)

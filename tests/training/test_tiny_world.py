@@ -1,0 +1,44 @@
+"""The shipped model keeps its promises on a part of the evaluation; `python -m cfengine.bench.world` is the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cfengine import Engine
+from cfengine.bench import world as bench
+from cfengine.engine import WEIGHTS
+from cfengine.training import measure, world
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, float]:
+    with torch.inference_mode(), Engine.from_pretrained("tiny-world") as engine:
+        return bench.evaluate(engine, range(2), seconds=8)
+
+
+def test_weights_fit_the_package() -> None:
+    assert sum(path.stat().st_size for path in (WEIGHTS / "tiny-world").glob("*.safetensors")) <= 20e6
+
+
+def test_a_small_part_of_the_evaluation(values: dict[str, float]) -> None:
+    for name in ("pan_chunks_within_25_percent", "hold_shift_worst", "palette_views_right", "sharpness"):
+        unit, goal, less = bench.GOALS[name]
+        assert values[name] <= goal if less else values[name] >= goal, f"{name} is {values[name]} {unit}, goal {goal}"
+
+
+def test_a_frozen_video_would_fail() -> None:
+    """The evaluation sees a camera that does not move, and a colour that is wrong."""
+
+    frame = world.render(world.random_scene(np.random.default_rng(0)), np.array([0.0]))[0]
+    assert abs(measure.image_shift(frame, frame)) < 0.01
+    seen = [measure.Seen(48.0, "ball", "red", 1.0)]
+    assert bench.follow(seen, [measure.Seen(32.0, "ball", "red", 0.9)], 16) == (1, 1)
+    assert bench.follow(seen, [measure.Seen(48.0, "ball", "red", 0.9)], 16) == (0, 1)
+    assert bench.follow(seen, [measure.Seen(32.0, "ball", "blue", 0.9)], 16) == (0, 1)
+    assert bench.follow(seen, [measure.Seen(32.0, "ball", "red", 0.5)], 16) == (0, 1)
+    assert bench.follow(seen, [], 16) == (0, 1)
+    assert bench.follow(seen, [], 48) == (0, 0)
