@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -132,21 +135,36 @@ def share(pairs: list[tuple[float, float]]) -> float:
     return float(sum(a for a, _ in pairs) / max(1e-9, sum(b for _, b in pairs)))
 
 
-def evaluate(engine: Engine, seeds: range, seconds: float, say=lambda text: None) -> dict[str, float]:
-    """Measure every promise over `seeds`; returns name -> value, the names of GOALS and `landmarks_a_view`."""
+def collect(engine: Engine, seeds: Iterable[int], seconds: float, say=lambda text: None) -> dict[str, list]:
+    """Everything that is counted over `seeds`: name -> one entry a view, chunk or session."""
     totals: dict[str, list] = defaultdict(list)
     chunks = max(3, round(seconds / CHUNK_SECONDS))
-    for seed in seeds:
-        measure_free(engine, seed, chunks, totals)
-        measure_primed(engine, seed, totals)
-        say(
-            f"seed {seed}: pans {np.mean(totals['pan'] or [1]):.3f}, hold {max(totals['hold'] or [0]):.3f}, landmarks "
-            f"{share(totals['landmarks']):.3f}, primed {share(totals['primed']):.3f}, palette "
-            f"{np.mean(totals['palette']):.3f}, sharpness {share(totals['sharp']):.3f}"
-        )
+    with torch.inference_mode():
+        for seed in seeds:
+            measure_free(engine, seed, chunks, totals)
+            measure_primed(engine, seed, totals)
+            shares = {name: share(totals[name]) for name in ("landmarks", "primed", "sharp")}
+            words = ", ".join(f"{name} {value:.3f}" for name, value in shares.items())
+            say(f"seed {seed}: so far pans {np.mean(totals['pan'] or [1]):.3f}, {words}")
+    return dict(totals)
+
+
+def collect_alone(seeds: list[int], seconds: float) -> dict[str, list]:
+    """`collect` in a process of one thread with its own engine."""
+    with Engine.from_pretrained("tiny-world", threads=1) as engine:
+        return collect(engine, seeds, seconds, say)
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def summary(totals: dict[str, list]) -> dict[str, float]:
+    """Counts to name -> value: the names of GOALS and of OTHERS."""
     return {
-        "pan_chunks_within_25_percent": float(np.mean(totals["pan"] or [1])),
-        "hold_shift_worst": float(max(totals["hold"] or [0])),
+        "pan_chunks_within_25_percent": float(np.mean(totals.get("pan", [1]))),
+        "hold_shift_worst": float(max(totals.get("hold", [0]))),
         "landmark_views_right": share(totals["landmarks"]),
         "primed_landmark_views_right": share(totals["primed"]),
         "palette_views_right": float(np.mean(totals["palette"])),
@@ -154,9 +172,14 @@ def evaluate(engine: Engine, seeds: range, seconds: float, say=lambda text: None
         "sharpness": share(totals["sharp"]),
         "sharpness_last_tenth": share(totals["sharp_late"]),
         "chunks_with_measurable_motion": float(np.mean(totals["measured"])),
-        "hold_shift_p99": float(np.percentile(totals["hold"] or [0], 99)),
+        "hold_shift_p99": float(np.percentile(totals.get("hold", [0]), 99)),
         "landmarks_a_view": float(np.mean(totals["seen"])),
     }
+
+
+def evaluate(engine: Engine, seeds: Iterable[int], seconds: float) -> dict[str, float]:
+    """Measure every promise over `seeds`, here and now."""
+    return summary(collect(engine, seeds, seconds))
 
 
 def records(values: dict[str, float], config: dict) -> list[dict]:
@@ -183,15 +206,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-
-    with torch.inference_mode(), Engine.from_pretrained("tiny-world") as engine:
-        seeds = range(options.first_seed, options.first_seed + options.seeds)
-        values = evaluate(engine, seeds, options.seconds, say)
+    seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        parts = [seeds[i :: options.processes] for i in range(options.processes)]
+        done = list(pool.map(collect_alone, parts, [options.seconds] * len(parts)))
+    names = {name for part in done for name in part}
+    values = summary({name: [entry for part in done for entry in part.get(name, [])] for name in names})
     for name, value in values.items():
         sys.stdout.write(f"{name:32s} {value:8.3f}\n")
     if options.json:
