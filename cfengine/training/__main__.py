@@ -30,6 +30,7 @@ def main() -> int:
     try:
         if options.command == "export":
             world, step = averaged(options.state, preset("tiny-world"))
+            options.folder.mkdir(parents=True, exist_ok=True)
             write_weights(world, options.folder)
             sys.stderr.write(f"weights of step {step} are in {options.folder}\n")
             return 0
