@@ -74,7 +74,7 @@ class CMakeBuild(build_ext):
     @staticmethod
     def loss(error: Exception) -> str:
         return (
-            f"cfengine is installed without its compiled kernels ({error}). Everything works, several times slower: "
+            f"cfengine is installed without its compiled kernels ({error}). Everything works, but slower: "
             "plain torch serves every operation. Install a C++ compiler (Debian, Ubuntu: apt install g++ python3-dev) "
             "and cmake (pip install cmake), then repeat the installation."
         )

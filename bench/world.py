@@ -163,8 +163,8 @@ def say(text: str) -> None:
 def summary(totals: dict[str, list]) -> dict[str, float]:
     """Counts to name -> value: the names of GOALS and of OTHERS."""
     return {
-        "pan_chunks_within_25_percent": float(np.mean(totals.get("pan", [1]))),
-        "hold_shift_worst": float(max(totals.get("hold", [0]))),
+        "pan_chunks_within_25_percent": float(np.mean(totals.get("pan", [0]))),  # nothing measured is no success
+        "hold_shift_worst": float(max(totals.get("hold", [np.inf]))),
         "landmark_views_right": share(totals["landmarks"]),
         "primed_landmark_views_right": share(totals["primed"]),
         "palette_views_right": float(np.mean(totals["palette"])),
@@ -172,7 +172,7 @@ def summary(totals: dict[str, list]) -> dict[str, float]:
         "sharpness": share(totals["sharp"]),
         "sharpness_last_tenth": share(totals["sharp_late"]),
         "chunks_with_measurable_motion": float(np.mean(totals["measured"])),
-        "hold_shift_p99": float(np.percentile(totals.get("hold", [0]), 99)),
+        "hold_shift_p99": float(np.percentile(totals.get("hold", [np.inf]), 99)),
         "landmarks_a_view": float(np.mean(totals["seen"])),
     }
 

@@ -112,7 +112,7 @@ def core() -> Iterator[Finding]:
     except ImportError as error:
         tools = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
         lacking = "" if tools else "no C++ compiler was found (Debian, Ubuntu: apt install g++ python3-dev); then "
-        text = f"not built ({error}); plain torch serves every operation, several times slower"
+        text = f"not built ({error}); plain torch serves every operation, slower"
         yield Finding("cfengine._C", text, "note", f"{lacking}{INSTALL}")
         return
     yield Finding("cfengine._C", str(Path(_C.__file__)))

@@ -43,7 +43,11 @@ class Log:
 
 
 class Effort(NamedTuple):
-    """How much of everything; the defaults made the shipped weights."""
+    """How much of everything.
+
+    The shipped weights took these amounts, but details of the recipe changed while they were trained, so a run with
+    the defaults makes similar weights, not the same.
+    """
 
     codec_steps: int = 1600
     decoder_steps: int = 600
