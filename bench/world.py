@@ -44,6 +44,11 @@ FIT = 0.65  # intersection over union with the template; the codec's own reconst
 PRIMED_CHUNKS, PRIMED_MORE = 4, 8
 
 
+def start_yaw(draw: np.random.Generator) -> int:
+    """Where a camera of this world may start, in pixels: on an edge of a latent column."""
+    return world.COLUMN * int(draw.integers(world.TURN // world.COLUMN))
+
+
 def stretches(rates: np.ndarray) -> list[tuple[int, int]]:
     """(first chunk, rate) of every stretch of equal rates."""
     begins = [0, *(np.flatnonzero(np.diff(rates)) + 1)]
@@ -101,7 +106,7 @@ def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]
     totals["palette_late"] += errors[-max(1, chunks // 10) :]
     totals["seen"] += [len(view) for view in views]
     codec = engine.codec
-    truth = world.render(world.random_scene(draw, look), world.camera_yaws(rates, draw.uniform(0, world.TURN)))
+    truth = world.render(world.random_scene(draw, look), world.camera_yaws(rates, start_yaw(draw)))
     again = codec.decoder().decode(codec.encoder().encode(truth))
     late = slice(-max(12, len(video) // 10), None)
     totals["sharp"].append((measure.gradient_energy(video), measure.gradient_energy(again)))
@@ -114,7 +119,7 @@ def measure_primed(engine: Engine, seed: int, totals: dict[str, list]) -> None:
     scene = world.random_scene(draw)
     before, after = (int(draw.choice(list(world.RATES.values()))) for _ in range(2))
     rates = np.asarray([before] * PRIMED_CHUNKS + [after] * PRIMED_MORE)
-    yaws = world.camera_yaws(rates, draw.uniform(0, world.TURN))
+    yaws = world.camera_yaws(rates, start_yaw(draw))
     primed = world.FIRST_CHUNK_VIDEO_FRAMES + world.CHUNK_VIDEO_FRAMES * (PRIMED_CHUNKS - 1)
     latents = engine.codec.encoder().encode(world.render(scene, yaws[:primed]))
     with engine.session(world.prompt_for(before, scene.look), seed=seed, latents=latents) as session:

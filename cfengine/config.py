@@ -170,6 +170,14 @@ class EngineConfig:
     base_source: str = ""  # hub id or path of text encoder and VAE
     kernels: tuple[tuple[str, str], ...] = ()  # (op, implementation) choices that override the automatic one
 
+    def __post_init__(self) -> None:
+        latent = self.video.latent_height, self.video.latent_width
+        if any(size % patch for size, patch in zip(latent, self.model.patch[1:], strict=True)):
+            raise ConfigError(
+                f"{self.video.width}x{self.video.height} pixels make {latent[0]}x{latent[1]} latents, which is not a "
+                f"multiple of the model's patch {self.model.patch[1]}x{self.model.patch[2]}; choose another size"
+            )
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame."""
@@ -189,7 +197,10 @@ def cache_dir() -> Path:
 
 _WAN = "Wan-AI/Wan2.1-T2V-1.3B"
 
-TINY_MODEL = ModelConfig(dim=192, ffn_dim=768, heads=6, layers=6, text_dim=64, text_len=16, freq_dim=64)
+# tokens of 4 latent rows by 1 column: a pan moves the picture by one latent column, one token, a latent frame
+TINY_MODEL = ModelConfig(
+    patch=(1, 4, 1), dim=192, ffn_dim=768, heads=6, layers=6, text_dim=64, text_len=16, freq_dim=64
+)
 
 PRESETS: dict[str, EngineConfig] = {
     preset.name: preset

@@ -117,6 +117,8 @@ def core() -> Iterator[Finding]:
         return
     yield Finding("cfengine._C", str(Path(_C.__file__)))
     yield Finding("instruction set", f"{_C.isa()} in force; built and usable here: {', '.join(_C.isas())}")
+    if not _C.threaded:
+        yield Finding("threads", "built without OpenMP, one thread", "note", f"add libgomp, then {INSTALL}")
 
 
 def operations() -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import CachedTextEncoder, TextEncoder
 from cfengine.model.text_tiny import TinyTextEncoder
 from cfengine.model.weights import infer_config, load_dit
-from cfengine.ops import BUILD_HINT, not_built, select
+from cfengine.ops import HINTS, not_built, row, select
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import Schedule
 from cfengine.segments.torch import TorchSegments
@@ -53,8 +53,9 @@ class Engine:
         self.ops = select(_device_type(device), dict(config.kernels))
         missing = [op for op in not_built(_device_type(device), self.ops.names) if op not in dict(config.kernels)]
         if missing:
+            hint = HINTS[row(missing[0], _device_type(device))[0].name]
             warnings.warn(
-                f"compiled kernels are missing, so plain torch serves {', '.join(missing)}, slower; {BUILD_HINT}",
+                f"compiled kernels are missing, so plain torch serves {', '.join(missing)}, slower; {hint}",
                 stacklevel=2,
             )
         self.model = model.to(device=device, dtype=dtype).prepare()
@@ -115,7 +116,8 @@ class Engine:
             model = CausalDiT(config.model)
         model.load_state_dict(load_dit(dit, config.model, dtype=kind, device=device), assign=True)
         encoder = _text_encoder(config, text, device)
-        return cls(config, model, load_codec(config, codec, device), encoder, device=device, dtype=kind)
+        pixels = load_codec(config, codec, device, torch.float32 if _device_type(device) == "cpu" else kind)
+        return cls(config, model, pixels, encoder, device=device, dtype=kind)
 
     @staticmethod
     def _config_of(name: str) -> EngineConfig:

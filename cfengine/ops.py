@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 from cfengine.errors import KernelError
 
-BUILD_HINT = "build the extension with a C++ compiler and cmake present: pip install -e ."
+HINTS = {
+    "cpu": "build the extension with a C++ compiler and cmake present: pip install -e .",
+    "triton": "pip install triton",
+}
 
 
 class Candidate(NamedTuple):
@@ -25,11 +28,12 @@ class Candidate(NamedTuple):
 
 # (operation, device type) -> implementations, best first. `reference` runs everywhere torch does.
 TABLE: dict[tuple[str, str], tuple[Candidate, ...]] = {
-    (op, "cpu"): (
-        Candidate("cpu", f"cfengine.kernels.{op}.cpu"),
+    (op, device): (
+        Candidate(best, f"cfengine.kernels.{op}.{best}"),
         Candidate("reference", f"cfengine.kernels.{op}.reference"),
     )
     for op in ("paged_attention", "qk_norm_rope_store", "modulated_norm", "gated_residual", "slow_fast_update")
+    for device, best in (("cpu", "cpu"), ("cuda", "triton"))
 } | {("cross_attention", "cpu"): (Candidate("reference", "cfengine.kernels.cross_attention.reference"),)}
 
 OPERATIONS = tuple(op for op, device in TABLE if device == "cpu")
@@ -58,9 +62,8 @@ def load(op: str, candidate: Candidate) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(candidate.module), op)
     except ImportError as error:
-        raise KernelError(
-            f"{op}: implementation {candidate.name!r} is not available ({error}); {BUILD_HINT}"
-        ) from error
+        hint = HINTS.get(candidate.name, HINTS["cpu"])
+        raise KernelError(f"{op}: implementation {candidate.name!r} is not available ({error}); {hint}") from error
 
 
 def select(device: str = "cpu", choices: Mapping[str, str] | None = None, prefer: str | None = None) -> Ops:

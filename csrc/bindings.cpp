@@ -25,6 +25,11 @@ PYBIND11_MODULE(_C, m) {
             PyErr_SetString(type.ptr(), error.what());
         }
     });
+#if defined(_OPENMP)
+    m.attr("threaded") = true;
+#else
+    m.attr("threaded") = false;
+#endif
     m.def("isa", &cf::level_name, "Name of the instruction set in force.");
     m.def("set_isa", &cf::set_level, py::arg("name"), "Force an instruction set (for tests).");
     m.def("isas", &cf::usable_levels, "Instruction sets that are built and run here, worst first.");

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -41,7 +42,10 @@ public:
             std::free(data_);
             size_ = (bytes + 4095) / 4096 * 4096;
             data_ = std::aligned_alloc(4096, size_);
-            if (!data_) size_ = 0;
+            if (!data_) {
+                size_ = 0;
+                throw std::bad_alloc();  // MemoryError in Python; never called inside a parallel region
+            }
         }
         return data_;
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ import torch
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.errors import PromptError
 from cfengine.model.dit import CausalDiT
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any Triton kernel is defined: they then run on the CPU
 
 TOY = EngineConfig(
     name="toy",

@@ -1,6 +1,6 @@
 """Text encoder of the small world: words to concepts to learned vectors.
 
-A prompt names at most one concept of each group (camera, speed, light, land, weather); a group it does not mention
+A prompt names at most one concept of each group (camera, light, land, weather); a group it does not mention
 takes its default. The encoding is one vector a group, in the order of GROUPS.
 """
 
@@ -18,7 +18,6 @@ from cfengine.errors import CheckpointError, PromptError
 
 GROUPS: dict[str, tuple[str, ...]] = {  # the first concept of a group is its default
     "camera": ("hold", "left", "right"),
-    "speed": ("steady", "slow"),
     "light": ("day", "sunset", "night"),
     "land": ("meadow", "desert", "snow"),
     "weather": ("clear", "overcast", "fog"),
@@ -29,8 +28,6 @@ _SYNONYMS = {
     "hold": "still static stay stop stopped stationary fixed motionless wait freeze halt rest pause unmoving",
     "left": "leftward leftwards west westward counterclockwise anticlockwise",
     "right": "rightward rightwards east eastward clockwise",
-    "steady": "steadily normal normally constant evenly",
-    "slow": "slowly gentle gently calm calmly lazily leisurely",
     "day": "daylight daytime noon midday morning sunny sun bright blue",
     "sunset": "sunrise dusk dawn evening twilight golden orange",
     "night": "nighttime midnight dark darkness moonlight moonlit nocturnal",
@@ -45,8 +42,8 @@ _FILLER = frozenset(
     "a an the and or of on in at to by with over under across through into from for is are it its as while then now "
     "pan pans panning turn turns turning look looks looking rotate rotates rotating swing swings swinging spin spins "
     "spinning move moves moving go goes going camera view shot scene landscape panorama world video horizon sky "
-    "ground land landscape weather light lit time landmarks landmark towers tower cones cone balls ball diamonds "
-    "diamond arches arch hills hill wide distant far around about toward towards keep keeps side one some very "
+    "ground land landscape weather light lit time landmarks landmark towers tower cones cone balls ball "
+    "arches arch hills hill wide distant far around about toward towards keep keeps side one some very "
     "slight slightly cinematic please show me us there where we you see seen beautiful quiet coloured colored "
     "colourful colorful shapes shape direction".split()
 )

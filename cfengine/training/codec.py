@@ -9,19 +9,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cfengine.codec.tiny_world import PairDecoder, PatchEncoder, TinyWorldCodec
+from cfengine.codec.tiny_world import SPACE, PairDecoder, PatchEncoder, TinyWorldCodec
 from cfengine.training import world
 from cfengine.training.optimiser import Both, schedule
 
 NOISE = 0.12  # largest size of the noise on unit-variance latents
 REFINING_NOISE = 0.1
-THIRDS = 3  # panoramas are drawn at steps of 1/3 pixel: every yaw of every camera script is a multiple of that
+ALIGNED = 0.8  # share of cameras that start on an edge of a latent column, as those of sessions do
 
 
 def panoramas(count: int, seed: int) -> torch.Tensor:
-    """Draw whole turns of random scenes at steps of 1/3 pixel -> (count, HEIGHT, 3 * TURN, 3) uint8."""
+    """Draw whole turns of random scenes -> (count, HEIGHT, TURN, 3) uint8."""
     rng = np.random.default_rng(seed)
-    x = (np.arange(THIRDS * world.TURN)) / THIRDS + 0.5
+    x = np.arange(world.TURN) + 0.5
     drawn = [
         np.rint(world.render_columns(world.random_scene(rng), x)).clip(0, 255).astype(np.uint8) for _ in range(count)
     ]
@@ -29,8 +29,8 @@ def panoramas(count: int, seed: int) -> torch.Tensor:
 
 
 def views(turns: torch.Tensor, scene: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """Cut camera views out of panoramas: scene (n,), left (n, f) in 1/3 pixels -> (n, f, 3, HEIGHT, WIDTH), -1..1."""
-    columns = (left[..., None] + THIRDS * torch.arange(world.WIDTH)) % turns.shape[2]
+    """Cut camera views out of panoramas: scene (n,), left (n, f) in pixels -> (n, f, 3, HEIGHT, WIDTH), -1..1."""
+    columns = (left[..., None] + torch.arange(world.WIDTH)) % turns.shape[2]
     cut = turns[scene[:, None, None], :, columns]  # (n, f, WIDTH, HEIGHT, 3)
     return cut.permute(0, 1, 4, 3, 2).float() / 127.5 - 1
 
@@ -41,10 +41,12 @@ def codec_batch(turns: torch.Tensor, size: int, draw: torch.Generator) -> torch.
     Most turn at the world's rates, some at others; one in thirty shows a cut: the first frame is of another scene.
     """
     scene = torch.randint(len(turns), (size,), generator=draw)
-    usual = torch.tensor([0, 2, -2, 4, -4])[torch.randint(5, (size,), generator=draw)]
-    other = torch.randint(-6, 7, (size,), generator=draw)
-    step = torch.where(torch.rand(size, generator=draw) < 0.8, usual, other)
+    usual = torch.tensor([0, 2, -2])[torch.randint(3, (size,), generator=draw)]
+    other = torch.randint(-3, 4, (size,), generator=draw)
+    step = torch.where(torch.rand(size, generator=draw) < 0.9, usual, other)
     start = torch.randint(turns.shape[2], (size, 1), generator=draw)
+    aligned = torch.rand(size, 1, generator=draw) < ALIGNED
+    start = torch.where(aligned, start // SPACE * SPACE, start)
     frames = views(turns, scene, start + step[:, None] * torch.arange(5))
     cut = (torch.rand(size, generator=draw) < 1 / 30).nonzero()[:, 0]
     if len(cut):

@@ -1,7 +1,7 @@
 """Training data: whole turns of many scenes as latents, and camera scripts that walk over them.
 
-The encoder works patch by patch and yaws move by 8/3 pixels a unit, so three strips of 60 latent columns (one per
-phase of 8/3 pixels) hold every view of a scene: a session of any length is a gather.
+The encoder works patch by patch and cameras move by whole latent columns a latent frame, so a strip of 60 latent
+columns holds every view of a scene: a session of any length is a gather.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cfengine.codec.tiny_world import SPACE, TinyWorldCodec
 from cfengine.model.text_tiny import CONCEPTS, concepts_of
 from cfengine.training import world
 
-PHASES = 3
+CHUNK_FRAMES = 3  # latent frames of a chunk
 COLUMNS = world.TURN // SPACE
 VIEW = world.WIDTH // SPACE
+CHOICES, SHARES = list(world.RATES.values()), (0.2, 0.4, 0.4)  # cameras of a script and how often each is drawn
 LOOKS = 2  # every scene is drawn in two looks, so that a prompt can change the look of the same place
 
 
 class Strips(NamedTuple):
-    """latents: (scenes, LOOKS, PHASES, COLUMNS, rows, channels) float16    words: (scenes, LOOKS, 3) concept numbers"""
+    """latents: (scenes, LOOKS, COLUMNS, rows, channels) float16    words: (scenes, LOOKS, 3) concept numbers"""
 
     latents: torch.Tensor
     words: torch.Tensor
 
 
 class Batch(NamedTuple):
-    """latents: (B, C, 3, 16, rows, columns) float32, true views      concepts: (B, C, 5) concept number per group"""
+    """latents: (B, C, 3, 16, rows, columns) float32, true views      concepts: (B, C, 4) concept number per group"""
 
     latents: torch.Tensor
     concepts: torch.Tensor
 
 
 def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:
-    """Encode a whole turn of a scene -> (PHASES, COLUMNS, rows, channels) float16."""
-    x = np.arange(world.TURN) + 0.5
-    turns = [np.rint(world.render_columns(scene, x + SPACE / PHASES * phase)).clip(0, 255) for phase in range(PHASES)]
-    images = torch.from_numpy(np.stack(turns)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Encode a whole turn of a scene -> (COLUMNS, rows, channels) float16."""
+    turn = np.rint(world.render_columns(scene, np.arange(world.TURN) + 0.5)).clip(0, 255)
+    image = torch.from_numpy(turn).permute(2, 0, 1).float() / 127.5 - 1
     with torch.inference_mode():
-        return codec.encoder_net(images).permute(0, 3, 2, 1).half()
+        return codec.encoder_net(image[None])[0].permute(2, 1, 0).half()
 
 
 def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Path | None = None) -> Strips:
@@ -53,9 +53,7 @@ def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Pat
         if len(kept["latents"]) == scenes:
             return Strips(kept["latents"], kept["words"])
     rng = np.random.default_rng(seed)
-    latents = torch.empty(
-        scenes, LOOKS, PHASES, COLUMNS, world.HEIGHT // SPACE, codec.latent_channels, dtype=torch.float16
-    )
+    latents = torch.empty(scenes, LOOKS, COLUMNS, world.HEIGHT // SPACE, codec.latent_channels, dtype=torch.float16)
     words = torch.empty(scenes, LOOKS, 3, dtype=torch.long)
     for i in range(scenes):
         scene = world.random_scene(rng)
@@ -71,47 +69,46 @@ def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Pat
 def camera_script(chunks: int, draw: np.random.Generator) -> np.ndarray:
     """Rates in pixels a chunk for every chunk: stretches of 2 to 10 chunks, often turning back at the end of one."""
     rates: list[int] = []
-    rate = int(draw.choice([0, 16, -16, 8, -8], p=[0.14, 0.27, 0.27, 0.16, 0.16]))
+    rate = int(draw.choice(CHOICES, p=SHARES))
     steady = draw.random() < 0.35
     while len(rates) < chunks:
         rates += [rate] * (chunks if steady else int(draw.integers(2, 11)))
         if rate and draw.random() < 0.4:
             rate = -rate
         else:
-            rate = int(draw.choice([0, 16, -16, 8, -8], p=[0.2, 0.26, 0.26, 0.14, 0.14]))
+            rate = int(draw.choice(CHOICES, p=SHARES))
     return np.asarray(rates[:chunks])
 
 
-def view(strip: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Strips (n, PHASES, COLUMNS, rows, channels) seen at yaws (n, f) of 8/3 pixels -> (n, f, channels, rows, VIEW)."""
-    n, frames = units.shape
-    columns = (units.div(PHASES, rounding_mode="floor")[..., None] + torch.arange(VIEW)) % COLUMNS
-    cut = strip[torch.arange(n)[:, None, None], (units % PHASES)[..., None], columns]
+def view(strip: torch.Tensor, yaws: torch.Tensor) -> torch.Tensor:
+    """Strips (n, COLUMNS, rows, channels) seen at yaws (n, f) in columns -> (n, f, channels, rows, VIEW) float32."""
+    columns = (yaws[..., None] + torch.arange(VIEW)) % COLUMNS
+    cut = strip[torch.arange(len(strip))[:, None, None], columns]
     return cut.permute(0, 1, 4, 3, 2).float()
 
 
 def latent_yaws(rates: np.ndarray, start: int) -> np.ndarray:
-    """Yaw in units of 8/3 pixels of every latent frame of sessions; rates (B, C) pixels a chunk -> (B, 3 C)."""
-    steps = np.repeat(rates // SPACE, 3, axis=1)
+    """Yaw in latent columns of every latent frame of sessions; rates (B, C) pixels a chunk -> (B, 3 C)."""
+    steps = np.repeat(rates // (CHUNK_FRAMES * SPACE), CHUNK_FRAMES, axis=1)
     steps[:, 0] = 0
     return start + np.cumsum(steps, axis=1)
 
 
-def rate_concepts(rate: int) -> tuple[int, int]:
-    """Concept numbers of the camera and the speed group."""
-    words = concepts_of(world.prompt_for(rate, world.Look()))
-    return CONCEPTS.index(words[0]), CONCEPTS.index(words[1])
+def camera_concept(rate: int) -> int:
+    """Number of the concept that names a camera rate."""
+    return CONCEPTS.index(concepts_of(world.prompt_for(rate, world.Look()))[0])
 
 
 def draw_batch(strips: Strips, size: int, chunks: int, draw: np.random.Generator) -> Batch:
     """Sessions of `chunks` chunks in random scenes; in one of eight the prompt changes the look on the way."""
     scenes = torch.from_numpy(draw.integers(len(strips.latents), size=size))
     rates = np.stack([camera_script(chunks, draw) for _ in range(size)])
-    units = torch.from_numpy(latent_yaws(rates, 0) + draw.integers(PHASES * COLUMNS, size=(size, 1)))
+    yaws = torch.from_numpy(latent_yaws(rates, 0) + draw.integers(COLUMNS, size=(size, 1)))
     change = np.where(draw.random(size) < 0.125, draw.integers(1, max(2, chunks), size=size), chunks)
     look = torch.from_numpy((np.arange(chunks) >= change[:, None]).astype(np.int64))  # (B, C)
-    both = torch.stack([view(strips.latents[scenes, j], units) for j in range(LOOKS)], dim=1).unflatten(2, (chunks, 3))
+    both = torch.stack([view(strips.latents[scenes, j], yaws) for j in range(LOOKS)], dim=1)
+    both = both.unflatten(2, (chunks, CHUNK_FRAMES))
     latents = both[torch.arange(size)[:, None], look, torch.arange(chunks)]
-    camera = torch.tensor([[rate_concepts(int(rate)) for rate in row] for row in rates])
+    camera = torch.tensor([[[camera_concept(int(rate))] for rate in row] for row in rates])
     words = strips.words[scenes[:, None], look]
     return Batch(latents, torch.cat([camera, words], dim=-1))

@@ -49,11 +49,11 @@ class Effort(NamedTuple):
     the defaults makes similar weights, not the same.
     """
 
-    codec_steps: int = 1600
-    decoder_steps: int = 600
-    scenes: int = 1500
-    dit_steps: int = 1500
-    distil_steps: int = 290
+    codec_steps: int = 2400
+    decoder_steps: int = 1000
+    scenes: int = 3000
+    dit_steps: int = 3000
+    distil_steps: int = 140
 
 
 def averaged(state: Path, config: EngineConfig) -> tuple[World, int]:

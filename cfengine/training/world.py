@@ -4,8 +4,9 @@ One pixel of the image is one pixel of the cylinder (0.75 degrees, 480 pixels a 
 image without distortion: yaw grows to the right, the image then moves left. Shapes are evaluated at pixel centres
 with soft edges one pixel wide, so motion below a pixel is exact and there is no aliasing.
 
-Rates are multiples of 8 pixels a chunk of 12 frames, the codec's spatial stride: every chunk of a steady pan shows
-the latent columns of the one before, moved by whole columns.
+The camera stands still or pans by 24 pixels a chunk of 12 frames. With the codec's strides of 8 pixels and 4 frames
+that is one latent column a latent frame; sessions start and landmarks stand on edges of latent columns, so a pan is an
+exact shift of the latents.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import numpy as np
 
 WIDTH, HEIGHT, FPS = 96, 64, 16
 TURN = 480  # pixels in a full turn
+COLUMN = 8  # pixels of a latent column
+GAP = 5  # latent columns between the middles of neighbouring landmarks, at least
 DEGREES_PER_PIXEL = 360.0 / TURN
 CHUNK_VIDEO_FRAMES, FIRST_CHUNK_VIDEO_FRAMES = 12, 9
 HORIZON, BASE = 38.0, 48.0  # image rows: where the ground starts, where landmarks stand
 
-RATES = {"hold": 0, "right": 16, "left": -16, "slow right": 8, "slow left": -8}  # pixels a chunk of 12 frames
+RATES = {"hold": 0, "right": 24, "left": -24}  # pixels a chunk of 12 frames
 LIGHTS = ("day", "sunset", "night")
 LANDS = ("meadow", "desert", "snow")
 WEATHERS = ("clear", "overcast", "fog")
-SHAPES = ("tower", "cone", "ball", "diamond", "arch")
+SHAPES = ("tower", "cone", "ball", "arch")
 COLOURS = {
     "red": (228, 26, 36),
     "yellow": (252, 226, 16),
@@ -82,11 +85,11 @@ def random_look(rng: np.random.Generator) -> Look:
 
 
 def random_scene(rng: np.random.Generator, look: Look | None = None) -> Scene:
-    """Draw five or six landmarks, spread over the turn at least 36 pixels apart, and three waves of hills."""
-    count = int(rng.integers(5, 7))
-    spacing = TURN / count
-    slack = spacing - 36.0
-    centres = (np.arange(count) + rng.random()) * spacing + (rng.random(count) - 0.5) * slack
+    """Draw seven or eight landmarks on edges of latent columns, at least 40 pixels apart, and three waves of hills."""
+    count = int(rng.integers(7, 9))
+    spacing = TURN / COLUMN / count
+    middles = (np.arange(count) + rng.random()) * spacing + (rng.random(count) - 0.5) * (spacing - GAP)
+    centres = COLUMN * np.floor(middles)
     landmarks = tuple(
         Landmark(float(c % TURN) * DEGREES_PER_PIXEL, str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))
         for c in centres
@@ -112,8 +115,7 @@ def camera_yaws(rates: list[int] | np.ndarray, yaw: float = 0.0) -> np.ndarray:
 def prompt_for(rate: int, look: Look) -> str:
     """The canonical prompt for a camera rate and a look."""
     camera = {value: name for name, value in RATES.items()}[rate]
-    words = "hold" if rate == 0 else f"pan {camera.split()[-1]}" + (" slowly" if camera.startswith("slow") else "")
-    return f"{words}, {look.land}, {look.light}, {look.weather}"
+    return f"{f'pan {camera}' if rate else camera}, {look.land}, {look.light}, {look.weather}"
 
 
 def coverage(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -125,8 +127,6 @@ def coverage(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         distance = np.maximum((side - 14.0 * (1.0 + v / 30.0)) * 0.906, v)
     elif shape == "ball":
         distance = np.hypot(u, v + 12.0) - 12.0
-    elif shape == "diamond":
-        distance = (side / 10.0 + np.abs(v + 17.0) / 17.0 - 1.0) * 8.62
     elif shape == "arch":
         hole = np.maximum(side - 6.5, -v - 15.0)
         distance = np.maximum(np.maximum(side - 14.0, np.maximum(v, -v - 24.0)), -hole)

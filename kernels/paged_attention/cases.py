@@ -27,7 +27,8 @@ SHAPES = (
 # Largest error over largest reference value. float32: a score sums head_dim products, the output sums thousands of
 # keys, each sum within a few units of 2^-24; measured below 2.5e-6. bfloat16: keys, queries, softmax weights and the
 # output are each rounded once more than in the float64 reference (2^-9 relative each); measured below 6e-3.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+# float16 keeps three bits more than bfloat16; half of that gain is asked for.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 4e-3}
 
 
 def make(shape: Shape, dtype: torch.dtype, seed: int = 0, first_position: int = 0, unused: int = 0):

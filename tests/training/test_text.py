@@ -16,10 +16,10 @@ pytestmark = pytest.mark.cpu
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("pan right over a desert at sunset, fog", ("right", "steady", "sunset", "desert", "fog")),
-        ("Turn LEFT slowly, snowy night!", ("left", "slow", "night", "snow", "clear")),
-        ("hold", ("hold", "steady", "day", "meadow", "clear")),
-        ("the camera looks right at a cloudy meadow", ("right", "steady", "day", "meadow", "overcast")),
+        ("pan right over a desert at sunset, fog", ("right", "sunset", "desert", "fog")),
+        ("Turn LEFT, snowy night!", ("left", "night", "snow", "clear")),
+        ("hold", ("hold", "day", "meadow", "clear")),
+        ("the camera looks right at a cloudy meadow", ("right", "day", "meadow", "overcast")),
     ],
 )
 def test_prompts_without_a_notice(prompt: str, expected: tuple[str, ...]) -> None:
@@ -57,7 +57,7 @@ def test_rows_of_the_table_survive_a_file(tmp_path) -> None:
     encoder = TinyTextEncoder.from_file(tmp_path / "text.safetensors")
     assert (encoder.text_dim, encoder.text_len) == (4, 16)
     rows = encoder.encode("pan left, fog, night")
-    assert torch.equal(rows, table[[CONCEPTS.index(c) for c in ("left", "steady", "night", "meadow", "fog")]])
+    assert torch.equal(rows, table[[CONCEPTS.index(c) for c in ("left", "night", "meadow", "fog")]])
 
 
 def test_damaged_file(tmp_path) -> None:

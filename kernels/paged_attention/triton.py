@@ -1,0 +1,162 @@
+"""Attention over pages on a GPU, in Triton.
+
+One program holds a tile of queries of one head and walks the slots of the table; page ids, positions and the number of
+slots in use are read on the device, so one captured launch serves every state of a memory. Per page the query tile is
+turned once by t_q - t_k (a table of sines, filled by a small kernel before: angles are float64, so positions may grow
+without end), and that turn serves all key tiles of the page. Softmax is online, in base 2, sums in float32.
+
+The last keys of a page that fill no whole tile get a narrower one: 1,560 keys are 24 tiles of 64 and one of 32, not 25
+of 64. Tiles of queries may span two latent frames, every row turns by its own frame.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..operands import check_divides, check_size, check_tensor
+from ..rope import axis_frequencies, axis_pairs
+
+OP = "paged_attention"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LEAST = 16  # smallest side of a product on the tensor cores
+
+
+@triton.jit
+def _fill_turns(positions, q_positions, rates, turns, frames, PAIRS: tl.constexpr):
+    """turns[slot, frame] = cosine, sine of (q_positions[frame] - positions[slot]) * rates, (2, PAIRS) float32."""
+    slot, frame = tl.program_id(0), tl.program_id(1)
+    pair = tl.arange(0, PAIRS)
+    step = (tl.load(q_positions + frame) - tl.load(positions + slot)).to(tl.float64)
+    whole = step * tl.load(rates + pair) * 0.15915494309189535
+    angle = ((whole - tl.floor(whole)) * 6.283185307179586).to(tl.float32)
+    place = turns + (slot * frames + frame) * 2 * PAIRS + pair
+    tl.store(place, tl.cos(angle))
+    tl.store(place + PAIRS, tl.sin(angle))
+
+
+@triton.jit
+def _tile(
+    query, k, v, start, page_tokens, channel, k_token, v_token, top, total, sums, scale,
+    HEAD: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over keys start .. start + N; EXACT: all of them exist."""
+    key = start + tl.arange(0, N)
+    inside = channel < HEAD
+    if EXACT:
+        k_mask, v_mask = inside[:, None], inside[None, :]
+    else:
+        exists = key < page_tokens
+        k_mask, v_mask = inside[:, None] & exists[None, :], inside[None, :] & exists[:, None]
+    keys = tl.load(k + key[None, :] * k_token + channel[:, None], mask=k_mask, other=0.0)
+    score = tl.dot(query, keys, input_precision=PRECISION) * scale
+    if not EXACT:
+        score = tl.where((key < page_tokens)[None, :], score, float("-inf"))
+    peak = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - peak[:, None])
+    fade = tl.exp2(top - peak)
+    values = tl.load(v + key[:, None] * v_token + channel[None, :], mask=v_mask, other=0.0)
+    sums = tl.dot(weight.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
+    return peak, total * fade + tl.sum(weight, 1), sums
+
+
+@triton.jit
+def _attend(
+    q, k_pages, v_pages, page_ids, count, turns, out, tokens, frames, page_tokens, scale,
+    q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head, out_token, out_head,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(turned q . k / sqrt(HEAD)) v of a tile of M queries and one head; scale carries log2(e) too."""
+    head = tl.program_id(1)
+    row, channel = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    PAIRS: tl.constexpr = WIDTH // 2
+    pair = tl.arange(0, PAIRS)
+    mask = (row < tokens)[:, None] & (channel < HEAD)[None, :]
+    place = q + row[:, None] * q_token + head * q_head + channel[None, :]
+    frame = tl.minimum(row // (tokens // frames), frames - 1)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    sums = tl.zeros((M, WIDTH), tl.float32)
+    used = tl.load(count)
+    full = page_tokens // N * N
+    for slot in range(0, used):
+        # loaded again for every page, from the L2 cache: kept in registers it would push the sums out of them
+        query = tl.load(place, mask=mask, other=0.0, volatile=True)
+        even, odd = tl.split(tl.reshape(query.to(tl.float32), (M, PAIRS, 2)))
+        turn = turns + ((slot * frames + frame) * 2 * PAIRS)[:, None] + pair[None, :]
+        cosine, sine = tl.load(turn), tl.load(turn + PAIRS)
+        turned = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (M, WIDTH))
+        turned = turned.to(q.dtype.element_ty)
+        page = tl.load(page_ids + slot).to(tl.int64)
+        k = k_pages + page * k_page + head * k_head
+        v = v_pages + page * v_page + head * v_head
+        for start in range(0, full, N):
+            top, total, sums = _tile(
+                turned, k, v, start, page_tokens, channel, k_token, v_token, top, total, sums, scale,
+                HEAD, N, True, PRECISION,
+            )  # fmt: skip
+        if REST:
+            top, total, sums = _tile(
+                turned, k, v, full, page_tokens, channel, k_token, v_token, top, total, sums, scale,
+                HEAD, REST, False, PRECISION,
+            )  # fmt: skip
+    result = (sums / total[:, None]).to(q.dtype.element_ty)
+    tl.store(out + row[:, None] * out_token + head * out_head + channel[None, :], result, mask=mask)
+
+
+def tiles(width: int, wide: bool) -> tuple[int, int, int]:
+    """Queries and keys of a tile, and warps, for a padded head size; wide: float32. None spills a register at 64, 128."""
+    if wide:
+        return 64, 32, 4
+    return (128, 64, 8) if width <= 64 else (128, 32, 8)
+
+
+@lru_cache(maxsize=16)
+def _rates(head_dim: int, width: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(width / 2,) float64 turning rates of all pairs of a head; zero where a pair is not temporal."""
+    rates = torch.zeros(width // 2, dtype=torch.float64)
+    pairs = axis_pairs(head_dim)[0]
+    rates[:pairs] = axis_frequencies(pairs, theta)
+    return rates.to(device)
+
+
+def paged_attention(q, k_pages, v_pages, page_ids, positions, count, q_positions, *, theta: float = 10000.0):
+    """See `reference.paged_attention`. float32, bfloat16 or float16; any even head_dim up to 256."""
+    device = q.device.type
+    check_tensor(OP, "q", q, 3, FLOATS, device)
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        check_tensor(OP, name, pages, 4, (q.dtype,), device)
+    table = {"page_ids": page_ids, "positions": positions, "count": count, "q_positions": q_positions}
+    for name, part in table.items():
+        check_tensor(OP, name, part, 1, (torch.int32,), device)
+    tokens, heads, head_dim = q.shape
+    page_tokens, frames, slots = k_pages.shape[1], q_positions.shape[0], page_ids.shape[0]
+    check_size(OP, "heads of k_pages", k_pages.shape[2], heads, "heads of q")
+    check_size(OP, "head_dim of k_pages", k_pages.shape[3], head_dim, "head_dim of q")
+    for axis, what in enumerate(("pages", "page_tokens", "heads", "head_dim")):
+        check_size(OP, f"{what} of v_pages", v_pages.shape[axis], k_pages.shape[axis], f"{what} of k_pages")
+    check_size(OP, "length of positions", positions.shape[0], slots, "length of page_ids")
+    check_size(OP, "length of count", count.shape[0], 1, "number of tables")
+    check_divides(OP, "tokens of q", tokens, "chunk_frames (length of q_positions)", frames)
+    check_divides(OP, "head_dim", head_dim, "a rotary pair of", 2)
+    width = max(LEAST, triton.next_power_of_2(head_dim))
+    wide = q.dtype == torch.float32
+    m, n, warps = tiles(width, wide)
+    rest = page_tokens % n and max(LEAST, triton.next_power_of_2(page_tokens % n))
+    turns = torch.empty((slots, frames, 2, width // 2), dtype=torch.float32, device=q.device)
+    _fill_turns[slots, frames](
+        positions, q_positions, _rates(head_dim, width, theta, q.device), turns, frames, PAIRS=width // 2, num_warps=1
+    )
+    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    _attend[triton.cdiv(tokens, m), heads](
+        q, k_pages, v_pages, page_ids, count, turns, out, tokens, frames, page_tokens,
+        math.log2(math.e) / math.sqrt(head_dim), *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+        *out.stride()[:2], HEAD=head_dim, WIDTH=width, M=m, N=n, REST=rest,
+        PRECISION="ieee" if wide else "tf32", num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,124 @@
+"""The Slow-Fast rule of one layer on a GPU, in Triton: one program, no word to the host.
+
+Every entry of the new table is computed from the old one by an index (roll of slow memory, then shift of fast memory,
+then the chunk), so nothing depends on the order of writes but one barrier between the reads and the writes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..operands import check_size, check_tensor
+from .reference import SlowFastRule, SlowFastTable
+
+OP = "slow_fast_update"
+
+
+@triton.jit
+def _update(
+    page_ids, positions, sources, count, q_positions, spare_ids, promoted_at, seen_at, last_key, decision,
+    similarity_at, key_mean, start_at, dim, threshold,
+    SINK: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr, SLOTS: tl.constexpr, FRAMES: tl.constexpr,
+    KEEP: tl.constexpr, ROPE: tl.constexpr, INTERVAL: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    POOL: tl.constexpr,
+):  # fmt: skip
+    start = tl.load(start_at)
+    end, promoted, seen = tl.load(count), tl.load(promoted_at), tl.load(seen_at)
+
+    product = tl.zeros((WIDTH,), tl.float64)
+    ours, theirs = tl.zeros((WIDTH,), tl.float64), tl.zeros((WIDTH,), tl.float64)
+    for first in range(0, dim, WIDTH):
+        channel = first + tl.arange(0, WIDTH)
+        mean = tl.load(key_mean + channel, mask=channel < dim, other=0.0).to(tl.float64)
+        last = tl.load(last_key + channel, mask=channel < dim, other=0.0).to(tl.float64)
+        product += mean * last
+        ours += mean * mean
+        theirs += last * last
+    length = tl.sqrt(tl.sum(ours, 0)) * tl.sqrt(tl.sum(theirs, 0))
+    cosine = (tl.sum(product, 0) / tl.maximum(length, 1e-16)).to(tl.float32)
+    if INTERVAL > 0:
+        keyframe = (start >= FAST) & (start % INTERVAL == 0)
+        similarity = float("nan")
+    else:
+        keyframe = (start >= FAST) & (cosine < threshold)
+        similarity = tl.where(start >= FAST, cosine, float("nan"))
+
+    newest = tl.load(sources + tl.maximum(SINK + promoted - 1, 0))
+    already = (promoted > 0) & (newest == start)
+    can_fill = (KEEP > 0) & (SINK + promoted + KEEP + FAST <= SLOTS)
+    promotes = keyframe & (already == 0) & (KEEP > 0)
+    fills = promotes & can_fill
+    rolls = promotes & (can_fill == 0) & (SLOW > KEEP)
+    action = tl.where(fills, 1, tl.where(rolls, 2, 0))
+    low = tl.where(fills, SINK + promoted, SLOTS - FAST - KEEP)
+    promoted += tl.where(fills, KEEP, 0)
+
+    shift = (start + FRAMES > seen) & (end + FRAMES > SLOTS)
+    end = end - tl.where(shift, FRAMES, 0) + start + FRAMES - seen
+    slot = tl.arange(0, TABLE)
+    moves = shift & (slot >= SLOTS - FAST) & (slot < SLOTS - FRAMES)
+    old = slot + tl.where(moves, FRAMES, 0)  # place after the promotion of what the slot shows after the shift
+    enters = (action > 0) & (old >= low) & (old < low + KEEP)
+    rolled = rolls & (old >= SINK) & (old < low)
+    origin = old + tl.where(rolled, KEEP, 0)
+    inside = slot < SLOTS
+    chunk = (slot >= end - FRAMES) & (slot < end)
+    new = tl.where((chunk | enters) & inside, 1, 0) > 0  # the scalars in it make the bare mask an integer
+    kept = inside & (new == 0)
+    place = tl.where(chunk, slot - (end - FRAMES), old - low)
+    ids = tl.load(page_ids + origin, mask=kept, other=-1)
+    held = tl.load(sources + origin, mask=kept, other=-1)
+    ids = tl.where(new, tl.load(spare_ids + place, mask=new, other=-1), ids)
+    held = tl.where(new, start + place, held)
+
+    page = tl.arange(0, POOL)
+    used = tl.sum((page[:, None] == ids[None, :]).to(tl.int32), 1) > 0
+    free = (page >= 1) & (page <= SLOTS + FRAMES) & (used == 0)
+    rank = tl.cumsum(free.to(tl.int32), 0) - 1
+    anchor = tl.minimum(start + FRAMES - 1, ROPE - 1)
+    rest = tl.maximum(0, anchor - (end - SINK) + 1)
+    query = tl.maximum(0, anchor - FRAMES + 1)
+    tl.debug_barrier()  # all of the old table is read before any of the new one is written
+
+    tl.store(page_ids + slot, ids, mask=inside)
+    tl.store(sources + slot, held, mask=inside)
+    tl.store(positions + slot, tl.where(slot < SINK, slot, rest + slot - SINK), mask=inside)
+    tl.store(q_positions + slot, query + slot, mask=slot < FRAMES)
+    tl.store(spare_ids + rank, page, mask=free & (rank < FRAMES))
+    for first in range(0, dim, WIDTH):
+        channel = first + tl.arange(0, WIDTH)
+        tl.store(last_key + channel, tl.load(key_mean + channel, mask=channel < dim), mask=channel < dim)
+    tl.store(count, end)
+    tl.store(promoted_at, promoted)
+    tl.store(seen_at, start + FRAMES)
+    tl.store(similarity_at, similarity)
+    tl.store(decision, keyframe.to(tl.int32))
+    tl.store(decision + 1, already.to(tl.int32))
+    tl.store(decision + 2, can_fill.to(tl.int32))
+    tl.store(decision + 3, action)
+    tl.store(decision + 4, shift.to(tl.int32))
+
+
+def slow_fast_update(table: SlowFastTable, key_mean, start_frame, rule: SlowFastRule) -> None:
+    """See `reference.slow_fast_update`. start_frame may be a (1,) int32 tensor on the device, for captured graphs."""
+    device = key_mean.device.type
+    check_tensor(OP, "key_mean", key_mean, 1, (torch.float32,), device)
+    dim = key_mean.shape[0]
+    sizes = SlowFastTable(
+        page_ids=rule.slots, positions=rule.slots, sources=rule.slots, count=1, q_positions=rule.chunk_frames,
+        spare_ids=rule.chunk_frames, promoted=1, seen=1, last_key=dim, decision=5, similarity=1,
+    )  # fmt: skip
+    for name, tensor, size in zip(SlowFastTable._fields, table, sizes, strict=True):
+        kind = torch.float32 if name in ("last_key", "similarity") else torch.int32
+        check_tensor(OP, name, tensor, 1, (kind,), device)
+        check_size(OP, f"length of {name}", tensor.shape[0], size, "the length that rule and key_mean ask for")
+    if not torch.is_tensor(start_frame):
+        start_frame = torch.tensor([start_frame], dtype=torch.int32, device=key_mean.device)
+    _update[(1,)](
+        *table, key_mean, start_frame, dim, rule.threshold, SINK=rule.sink, SLOW=rule.slow, FAST=rule.fast,
+        SLOTS=rule.slots, FRAMES=rule.chunk_frames, KEEP=rule.keep, ROPE=rule.rope_length, INTERVAL=rule.interval,
+        WIDTH=min(1024, triton.next_power_of_2(dim)), TABLE=triton.next_power_of_2(rule.slots),
+        POOL=triton.next_power_of_2(rule.slots + rule.chunk_frames + 1), num_warps=4,
+    )  # fmt: skip
