@@ -110,7 +110,7 @@ def _attend(
 
 
 def tiles(width: int, wide: bool) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and warps, for a padded head size; wide: float32. None spills a register at 64, 128."""
+    """Queries and keys of a tile, and warps, for a padded head size; wide: float32."""
     if wide:
         return 64, 32, 4
     return (128, 64, 8) if width <= 64 else (128, 32, 8)

@@ -27,9 +27,11 @@ def test_weights_fit_the_package() -> None:
 @pytest.mark.parametrize(
     ("name", "limit"),
     [
-        # goals of the whole evaluation are 0.95, 0.8 and 0.7; twenty chunks of two seeds scatter by about 0.1
-        ("pan_chunks_within_25_percent", 0.8),
-        ("primed_landmark_views_right", 0.5),
+        # the whole evaluation finds 1.0 for these two; twenty chunks of two seeds scatter by less than 0.1
+        ("pan_chunks_within_25_percent", 0.9),
+        ("primed_landmark_views_right", 0.9),
+        # and about 0.7 for these; few landmarks are in view in two seeds, so they scatter by 0.2
+        ("landmark_views_right", 0.4),
         ("sharpness", 0.5),
         # these hold in every single view
         ("palette_views_right", 1.0),
