@@ -160,5 +160,15 @@ def test_bad_files_are_refused(tmp_path, capsys):
 
 
 def test_an_implementation_that_is_not_there_is_an_error(capsys):
-    assert replay.main([str(TRACES[0]), "--impl", "triton"]) == 2
-    assert "triton" in capsys.readouterr().err
+    assert replay.main([str(TRACES[0]), "--impl", "cuda"]) == 2
+    assert "'cuda'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_triton_replays_a_trace_in_its_interpreter():
+    pytest.importorskip("triton", reason="pip install triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU here; replay moves no trace to it yet")
+    report = replay.replay(DATA / "dit_cf_roll.safetensors", ops.select("cuda", prefer="triton"))
+    assert not report.mismatches, report.mismatches[:5]
+    assert report.worst[0] <= replay.TOLERANCE, report.worst
