@@ -138,12 +138,15 @@ class VideoConfig:
     def __post_init__(self) -> None:
         if self.fps < 1:
             raise ConfigError(f"fps is {self.fps}; it must be at least 1")
-        unit = 2 * self.spatial_stride
-        for name in ("width", "height"):
-            value = getattr(self, name)
+        self.check_patch((1, 1))
+
+    def check_patch(self, patch: tuple[int, int]) -> None:
+        """Raise ConfigError unless patches of (rows, columns) of latents fill the picture."""
+        for name, size in (("height", patch[0]), ("width", patch[1])):
+            value, unit = getattr(self, name), size * self.spatial_stride
             if value < unit or value % unit:
                 raise ConfigError(
-                    f"{name} {value} is not a multiple of {unit} (codec stride {self.spatial_stride} x patch 2)"
+                    f"{name} {value} is not a multiple of {unit} (codec stride {self.spatial_stride} x patch {size})"
                 )
 
     @property
@@ -171,12 +174,7 @@ class EngineConfig:
     kernels: tuple[tuple[str, str], ...] = ()  # (op, implementation) choices that override the automatic one
 
     def __post_init__(self) -> None:
-        latent = self.video.latent_height, self.video.latent_width
-        if any(size % patch for size, patch in zip(latent, self.model.patch[1:], strict=True)):
-            raise ConfigError(
-                f"{self.video.width}x{self.video.height} pixels make {latent[0]}x{latent[1]} latents, which is not a "
-                f"multiple of the model's patch {self.model.patch[1]}x{self.model.patch[2]}; choose another size"
-            )
+        self.video.check_patch(self.model.patch[1:])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -188,6 +186,11 @@ class EngineConfig:
     def page_tokens(self) -> int:
         rows, columns = self.grid
         return rows * columns
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU ($TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cache_dir() -> Path:

@@ -7,6 +7,7 @@ import torch
 from cfengine.errors import KernelError
 
 FLOATS = (torch.float32, torch.bfloat16)
+GPU_FLOATS = (*FLOATS, torch.float16)
 
 
 def check_tensor(op: str, name: str, tensor, dims: int, dtypes, device: str = "cpu") -> None:

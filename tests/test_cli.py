@@ -103,7 +103,7 @@ def python(code, *arguments, **options):
         (["hills", "--seed", "-5"], ["--seed is -5"]),
         (["hills", "--policy", "lru"], ["'lru'", *POLICIES]),
         (["hills", "--model", "tiny-wrld"], ["'tiny-wrld'", *PRESETS]),
-        (["hills", "--size", "100x64"], ["width 100", "multiple of 16"]),
+        (["hills", "--size", "100x64"], ["width 100", "multiple of 8"]),
         (["hills", "--size", "huge"], ["--size is 'huge'"]),
         (["hills", "--dtype", "int4"], ["'int4'", "float32"]),
         (["hills", "--device", "tpu"], ["'tpu'", "cuda:N"]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cfengine.config import POLICIES, MemoryConfig, VideoConfig, with_policy
+from cfengine.config import POLICIES, TINY_MODEL, EngineConfig, MemoryConfig, VideoConfig, with_policy
 from cfengine.errors import CFEngineError, ConfigError, PromptError
 from cfengine.memory.memory import Memory
 from cfengine.scheduler import chunk as chunk_module
@@ -243,8 +243,12 @@ def test_bad_arguments(toy_engine):
         engine.stream("x " * 13)
     with pytest.raises(ConfigError, match="seed is -1"):
         engine.stream("a", seed=-1)
-    with pytest.raises(ConfigError, match="multiple of 16"):
+    with pytest.raises(ConfigError, match="width 100 is not a multiple of 8"):
         VideoConfig(width=100, height=64)
+    with pytest.raises(ConfigError, match="width 104 is not a multiple of 16 .codec stride 8 x patch 2"):
+        EngineConfig(name="a", video=VideoConfig(width=104, height=64))
+    with pytest.raises(ConfigError, match="height 48 is not a multiple of 32 .codec stride 8 x patch 4"):
+        EngineConfig(name="a", model=TINY_MODEL, video=VideoConfig(width=104, height=48))
     engine.close()
     with pytest.raises(CFEngineError, match="closed"):
         engine.stream("a")

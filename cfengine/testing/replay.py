@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cfengine.config import triton_interpreted
 from cfengine.errors import CFEngineError
 from cfengine.kernels.rope import axis_pairs, rotate, spatial_table
 from cfengine.kernels.slow_fast_update.reference import ACTIONS
@@ -338,6 +339,11 @@ def main(argv: list[str] | None = None) -> int:
         ops = select(device, prefer=options.impl)
         if options.impl and options.impl not in ops.names.values():
             raise TraceError(f"no operation has an implementation {options.impl!r} on {device} in this build")
+        if options.impl == "triton" and not triton_interpreted():
+            raise TraceError(
+                "replay keeps its tensors on the CPU, where Triton's kernels run only in its interpreter; "
+                "set TRITON_INTERPRET=1"
+            )
         write("operations: " + ", ".join(f"{op}={name}" for op, name in ops.names.items()) + "\n")
         worst, worst_where, tensors, failures, paths = 0.0, "-", 0, 0, expand(options.paths)
         for path in paths:

@@ -45,8 +45,8 @@ class Log:
 class Effort(NamedTuple):
     """How much of everything.
 
-    The shipped weights took these amounts in one run from seed 0 (70 minutes on two cores), with the sampler's last
-    step at 250 instead of 150. They are not distilled: 60 steps of distillation made invented landmarks no crisper.
+    The shipped weights took these amounts in one run from seed 0 (76 minutes on two cores that had other work too), but
+    with the sampler's last step at 250 instead of 150, so a run with the defaults makes similar weights, not the same.
     """
 
     codec_steps: int = 2400

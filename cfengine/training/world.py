@@ -101,6 +101,11 @@ def random_scene(rng: np.random.Generator, look: Look | None = None) -> Scene:
     return Scene(look or random_look(rng), landmarks, hills)
 
 
+def random_yaw(rng: np.random.Generator) -> int:
+    """Draw where a camera may start, in pixels: on an edge of a latent column."""
+    return COLUMN * int(rng.integers(TURN // COLUMN))
+
+
 def camera_yaws(rates: list[int] | np.ndarray, yaw: float = 0.0) -> np.ndarray:
     """Yaw in pixels of every video frame of a session whose chunk i turns at `rates[i]` pixels a 12 frames.
 

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..modulated_norm.triton import FLOATS, check_rows, normed, warps
-from ..operands import check_divides, check_size, check_tensor
+from cfengine.errors import KernelError
+
+from ..modulated_norm.triton import check_rows, normed, warps
+from ..operands import GPU_FLOATS, check_divides, check_size, check_tensor
 
 OP = "gated_residual"
 
@@ -42,15 +44,17 @@ def _rows(
 def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6):
     """See `reference.gated_residual`. float32, bfloat16 or float16; rows may be strided."""
     device = x.device.type
-    check_tensor(OP, "x", x, 2, FLOATS, device)
+    check_tensor(OP, "x", x, 2, GPU_FLOATS, device)
     check_tensor(OP, "y", y, 2, (x.dtype,), device)
     tokens, dim = x.shape
     check_size(OP, "tokens of y", y.shape[0], tokens, "tokens of x")
     check_size(OP, "width of y", y.shape[1], dim, "width of x")
     if gate is not None:
-        check_tensor(OP, "gate", gate, 2, FLOATS, device)
+        check_tensor(OP, "gate", gate, 2, GPU_FLOATS, device)
         check_size(OP, "width of gate", gate.shape[1], dim, "width of x")
         check_divides(OP, "tokens of x", tokens, "frames of gate", gate.shape[0])
+    if (shift is None) != (scale is None):
+        raise KernelError(f"{OP}: shift and scale are given together or not at all; pass both for the norm")
     out = None
     if shift is not None:
         check_rows(OP, x, shift, scale)

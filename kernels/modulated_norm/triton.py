@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..operands import check_divides, check_size, check_tensor
+from ..operands import GPU_FLOATS, check_divides, check_size, check_tensor
 
 OP = "modulated_norm"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def check_rows(op: str, x, shift, scale) -> None:
     """Raise KernelError unless x (tokens, dim), shift and scale (frames, dim) belong together on one device."""
     tokens, dim = x.shape
     for name, factor in (("shift", shift), ("scale", scale)):
-        check_tensor(op, name, factor, 2, FLOATS, x.device.type)
+        check_tensor(op, name, factor, 2, GPU_FLOATS, x.device.type)
         check_size(op, f"width of {name}", factor.shape[1], dim, "width of x")
     check_size(op, "frames of scale", scale.shape[0], shift.shape[0], "frames of shift")
     check_divides(op, "tokens of x", tokens, "frames of shift", shift.shape[0])
@@ -56,7 +55,7 @@ def check_rows(op: str, x, shift, scale) -> None:
 
 def modulated_norm(x, shift, scale, *, eps: float = 1e-6):
     """See `reference.modulated_norm`. float32, bfloat16 or float16, rows of x may be strided."""
-    check_tensor(OP, "x", x, 2, FLOATS, x.device.type)
+    check_tensor(OP, "x", x, 2, GPU_FLOATS, x.device.type)
     check_rows(OP, x, shift, scale)
     tokens, dim = x.shape
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)

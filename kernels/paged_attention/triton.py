@@ -5,24 +5,23 @@ slots in use are read on the device, so one captured launch serves every state o
 turned once by t_q - t_k (a table of sines, filled by a small kernel before: angles are float64, so positions may grow
 without end), and that turn serves all key tiles of the page. Softmax is online, in base 2, sums in float32.
 
-The last keys of a page that fill no whole tile get a narrower one: 1,560 keys are 24 tiles of 64 and one of 32, not 25
-of 64. Tiles of queries may span two latent frames, every row turns by its own frame.
+The last keys of a page that fill no whole tile of 64 get a narrower one: 1,560 keys are 24 tiles of 64 and one of 32.
+Tiles of queries may span two latent frames, every row turns by its own frame.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from ..operands import check_divides, check_size, check_tensor
+from ..operands import GPU_FLOATS
 from ..rope import axis_frequencies, axis_pairs
+from .operands import check_attention
 
-OP = "paged_attention"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = 16  # smallest side of a product on the tensor cores
 
 
@@ -110,13 +109,17 @@ def _attend(
 
 
 def tiles(width: int, wide: bool) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and warps, for a padded head size; wide: float32."""
+    """Queries and keys of a tile, and warps, for a padded head size; wide: float32.
+
+    Chosen by the compiler's report (tests/kernels/test_triton_code.py), not by a clock: at a head size of 128, 64
+    keys spill registers on every target, and 64 queries or 16 warps spill more on 8.0 and 12.0.
+    """
     if wide:
         return 64, 32, 4
     return (128, 64, 8) if width <= 64 else (128, 32, 8)
 
 
-@lru_cache(maxsize=16)
+@cache  # kept: a captured graph holds the address
 def _rates(head_dim: int, width: int, theta: float, device: torch.device) -> torch.Tensor:
     """(width / 2,) float64 turning rates of all pairs of a head; zero where a pair is not temporal."""
     rates = torch.zeros(width // 2, dtype=torch.float64)
@@ -127,23 +130,10 @@ def _rates(head_dim: int, width: int, theta: float, device: torch.device) -> tor
 
 def paged_attention(q, k_pages, v_pages, page_ids, positions, count, q_positions, *, theta: float = 10000.0):
     """See `reference.paged_attention`. float32, bfloat16 or float16; any even head_dim up to 256."""
-    device = q.device.type
-    check_tensor(OP, "q", q, 3, FLOATS, device)
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        check_tensor(OP, name, pages, 4, (q.dtype,), device)
-    table = {"page_ids": page_ids, "positions": positions, "count": count, "q_positions": q_positions}
-    for name, part in table.items():
-        check_tensor(OP, name, part, 1, (torch.int32,), device)
+    table = (page_ids, positions, count, q_positions)
+    check_attention(q, k_pages, v_pages, *table, dtypes=GPU_FLOATS, device=q.device.type)
     tokens, heads, head_dim = q.shape
     page_tokens, frames, slots = k_pages.shape[1], q_positions.shape[0], page_ids.shape[0]
-    check_size(OP, "heads of k_pages", k_pages.shape[2], heads, "heads of q")
-    check_size(OP, "head_dim of k_pages", k_pages.shape[3], head_dim, "head_dim of q")
-    for axis, what in enumerate(("pages", "page_tokens", "heads", "head_dim")):
-        check_size(OP, f"{what} of v_pages", v_pages.shape[axis], k_pages.shape[axis], f"{what} of k_pages")
-    check_size(OP, "length of positions", positions.shape[0], slots, "length of page_ids")
-    check_size(OP, "length of count", count.shape[0], 1, "number of tables")
-    check_divides(OP, "tokens of q", tokens, "chunk_frames (length of q_positions)", frames)
-    check_divides(OP, "head_dim", head_dim, "a rotary pair of", 2)
     width = max(LEAST, triton.next_power_of_2(head_dim))
     wide = q.dtype == torch.float32
     m, n, warps = tiles(width, wide)

@@ -7,12 +7,14 @@ adds the blocks in float64, in a fixed order, so equal inputs give an equal mean
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..modulated_norm.triton import FLOATS, warps
-from ..operands import check_size, check_tensor
+from ..modulated_norm.triton import warps
+from ..operands import GPU_FLOATS, check_size, check_tensor
 from ..rope import axis_pairs, spatial_table
 
 OP = "qk_norm_rope_store"
@@ -81,12 +83,18 @@ def _mean(sums, mean, blocks, tokens, dim, WIDTH: tl.constexpr):
     tl.store(mean + channel, (total / tokens).to(tl.float32), mask=channel < dim)
 
 
+@cache  # kept: a captured graph holds the address
+def _table(rows: int, columns: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """`spatial_table` on a device."""
+    return spatial_table(rows, columns, head_dim, theta).to(device)
+
+
 def qk_norm_rope_store(
     q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0
 ):
     """See `reference.qk_norm_rope_store`. float32, bfloat16 or float16; pages have the type of k."""
     device = k.device.type
-    check_tensor(OP, "k", k, 2, FLOATS, device)
+    check_tensor(OP, "k", k, 2, GPU_FLOATS, device)
     for name, part in (("v", v), *([] if q is None else [("q", q)])):
         check_tensor(OP, name, part, 2, (k.dtype,), device)
         check_size(OP, f"tokens of {name}", part.shape[0], k.shape[0], "tokens of k")
@@ -95,14 +103,14 @@ def qk_norm_rope_store(
         check_tensor(OP, name, pages, 4, (k.dtype,), device)
     check_tensor(OP, "page_ids", page_ids, 1, (torch.int32,), device)
     for name, weight in (("norm_q", norm_q), ("norm_k", norm_k)):
-        check_tensor(OP, name, weight, 1, FLOATS, device)
+        check_tensor(OP, name, weight, 1, GPU_FLOATS, device)
         check_size(OP, f"length of {name}", weight.shape[0], k.shape[1], "width of k")
     tokens, dim = k.shape
     _, page_tokens, heads, head_dim = k_pages.shape
     check_size(OP, "heads * head_dim of k_pages", heads * head_dim, dim, "width of k")
     check_size(OP, "rows * columns of grid", grid[0] * grid[1], page_tokens, "page_tokens of k_pages")
     check_size(OP, "tokens of k", tokens, page_tokens * page_ids.shape[0], "page_tokens * length of page_ids")
-    table = _table(grid, head_dim, theta, k.device)
+    table = _table(*grid, head_dim, theta, k.device)
     blocks, width = triton.cdiv(tokens, BLOCK), triton.next_power_of_2(dim)
     out = None if q is None else torch.empty((tokens, heads, head_dim), dtype=k.dtype, device=k.device)
     sums = torch.empty((blocks, dim), dtype=torch.float32, device=k.device)
@@ -117,14 +125,3 @@ def qk_norm_rope_store(
     )  # fmt: skip
     _mean[(triton.cdiv(dim, 128),)](sums, mean, blocks, tokens, dim, WIDTH=128, num_warps=4)
     return out, mean
-
-
-_TABLES: dict[tuple, torch.Tensor] = {}
-
-
-def _table(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """`spatial_table` on a device, kept: a captured graph holds its address."""
-    key = (*grid, head_dim, theta, device)
-    if key not in _TABLES:
-        _TABLES[key] = spatial_table(*grid, head_dim, theta).to(device)
-    return _TABLES[key]

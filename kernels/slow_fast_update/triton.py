@@ -10,10 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..operands import check_size, check_tensor
+from .operands import check_table
 from .reference import SlowFastRule, SlowFastTable
-
-OP = "slow_fast_update"
 
 
 @triton.jit
@@ -102,18 +100,12 @@ def _update(
 
 
 def slow_fast_update(table: SlowFastTable, key_mean, start_frame, rule: SlowFastRule) -> None:
-    """See `reference.slow_fast_update`. start_frame may be a (1,) int32 tensor on the device, for captured graphs."""
-    device = key_mean.device.type
-    check_tensor(OP, "key_mean", key_mean, 1, (torch.float32,), device)
+    """See `reference.slow_fast_update`. start_frame may be a (1,) int32 tensor on the device.
+
+    An int is copied to the device first, which a captured graph would freeze.
+    """
+    check_table(table, key_mean, rule, key_mean.device.type)
     dim = key_mean.shape[0]
-    sizes = SlowFastTable(
-        page_ids=rule.slots, positions=rule.slots, sources=rule.slots, count=1, q_positions=rule.chunk_frames,
-        spare_ids=rule.chunk_frames, promoted=1, seen=1, last_key=dim, decision=5, similarity=1,
-    )  # fmt: skip
-    for name, tensor, size in zip(SlowFastTable._fields, table, sizes, strict=True):
-        kind = torch.float32 if name in ("last_key", "similarity") else torch.int32
-        check_tensor(OP, name, tensor, 1, (kind,), device)
-        check_size(OP, f"length of {name}", tensor.shape[0], size, "the length that rule and key_mean ask for")
     if not torch.is_tensor(start_frame):
         start_frame = torch.tensor([start_frame], dtype=torch.int32, device=key_mean.device)
     _update[(1,)](

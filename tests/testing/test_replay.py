@@ -164,6 +164,13 @@ def test_an_implementation_that_is_not_there_is_an_error(capsys):
     assert "'cuda'" in capsys.readouterr().err
 
 
+def test_triton_without_its_interpreter_is_an_error(monkeypatch, capsys):
+    pytest.importorskip("triton", reason="pip install triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert replay.main([str(TRACES[0]), "--impl", "triton"]) == 2
+    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_triton_replays_a_trace_in_its_interpreter():
     pytest.importorskip("triton", reason="pip install triton")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cfengine.codec.tiny_world import SPACE, TIME
 from cfengine.model.text_tiny import concepts_of
 from cfengine.training import measure, world
 
@@ -40,6 +41,14 @@ def test_camera_script_by_hand() -> None:
     assert yaws[0] == 100.0
     assert yaws[8] == pytest.approx(100 + 8 * 16 / 12)
     assert yaws[20] == pytest.approx(100 + 8 * 16 / 12 - 8)
+
+
+def test_pans_move_by_whole_latent_columns() -> None:
+    """What the model and the strips of latents rest on."""
+    assert world.COLUMN == SPACE
+    for rate in world.RATES.values():
+        assert rate * TIME % (world.CHUNK_VIDEO_FRAMES * SPACE) == 0
+    assert {world.random_yaw(np.random.default_rng(seed)) % SPACE for seed in range(20)} == {0}
 
 
 def test_landmarks_keep_their_distance() -> None:
