@@ -1,9 +1,9 @@
 """Flow matching under the Slow-Fast memory, with contexts that carry the model's own errors.
 
-x_t = (1 - s) x0 + s eps, target v = eps - x0, timestep 1000 s. Most noise levels are the sampler's four, the rest
-follow its warped schedule. From a fifth of the training on every batch serves several times: the second time and
-later, chunks of the context are replaced by what the model made of them before, so that it learns to correct itself
-(error recycling); the target stays the truth.
+x_t = (1 - s) x0 + s eps, target v = eps - x0, timestep 1000 s. Most noise levels are the four of the released
+model's sampler, the rest follow its warped schedule. From a fifth of the training on every batch serves several
+times: the second time and later, chunks of the context are replaced by what the model made of them before, so that it
+learns to correct itself (error recycling); the target stays the truth.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfengine.config import EngineConfig
+from cfengine.config import EngineConfig, SamplerConfig
 from cfengine.training.data import Batch, Strips, draw_batch
 from cfengine.training.forward import flow
 from cfengine.training.optimiser import schedule
 from cfengine.training.parallel import draws, rank
 from cfengine.training.state import Progress, World
 
+TAUGHT = SamplerConfig()  # the schedule whose levels the teacher sees most; a student may walk another one
 COPIES = 2  # noisy copies of every chunk in a step
 LENGTHS = {  # chunks of a session, sessions in a batch of one process: share of batches early, late
     (2, 8): (0.0, 0.15),
@@ -32,19 +33,20 @@ LENGTHS = {  # chunks of a session, sessions in a batch of one process: share of
 }
 
 
-def sampler_sigmas(config: EngineConfig) -> Tensor:
+def sampler_sigmas(sampler: SamplerConfig = TAUGHT) -> Tensor:
     """Noise levels of the denoise passes: shift * u / (1 + (shift - 1) u) at u = step / 1000."""
-    u = torch.tensor(config.sampler.steps, dtype=torch.float64) / 1000
-    return (config.sampler.shift * u / (1 + (config.sampler.shift - 1) * u)).float()
+    u = torch.tensor(sampler.steps, dtype=torch.float64) / 1000
+    return (sampler.shift * u / (1 + (sampler.shift - 1) * u)).float()
 
 
-def draw_sigmas(shape: tuple[int, ...], levels: Tensor, shift: float, draw: np.random.Generator) -> Tensor:
-    """Three of four noise levels from the sampler's, the last twice as often; the others from the whole schedule."""
+def draw_sigmas(shape: tuple[int, ...], levels: Tensor, draw: np.random.Generator) -> Tensor:
+    """Three of four noise levels from `levels`, the last twice as often; the others from the whole schedule."""
     weight = np.ones(len(levels))
     weight[-1] = 2
     chosen = levels[torch.from_numpy(draw.choice(len(levels), size=shape, p=weight / weight.sum()))]
     u = torch.from_numpy(draw.uniform(0.02, 1, size=shape)).float()
-    return torch.where(torch.from_numpy(draw.random(shape) < 0.75), chosen, shift * u / (1 + (shift - 1) * u))
+    whole = TAUGHT.shift * u / (1 + (TAUGHT.shift - 1) * u)
+    return torch.where(torch.from_numpy(draw.random(shape) < 0.75), chosen, whole)
 
 
 def spread(sigma: Tensor) -> Tensor:
@@ -76,8 +78,8 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Loss of one step, and x0 (B, C, ...) as the model now sees it through the least noise drawn for each chunk."""
     B, C = batch.latents.shape[:2]
-    levels = sampler_sigmas(config)
-    sigma = draw_sigmas((COPIES, B, C), levels, config.sampler.shift, draw)
+    levels = sampler_sigmas()
+    sigma = draw_sigmas((COPIES, B, C), levels, draw)
     noise = torch.randn(COPIES, *batch.latents.shape)
     noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
     with torch.autocast("cpu", torch.bfloat16):
