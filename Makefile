@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	"$$p" -c "$(NEW_ENOUGH)" 2>/dev/null && { echo "$$p"; break; }; done)
 SAY_WHAT_IS_MISSING = $(BIN)/python -c "import cfengine._C" 2>/dev/null \
 	|| echo "note: the compiled kernels were not built, so everything runs slower; .venv/bin/cfengine doctor says why"
-BUILT_FROM := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* kernels/*/*.cpp)
+BUILT_FROM := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/* kernels/*/*.h kernels/*/*.c*)
 
 .PHONY: help demo test test-all replay lint clean
 

@@ -39,12 +39,17 @@ class CMakeBuild(build_ext):
         # a binary of older sources would take the new arguments as they come: none is better
         Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)
         try:
-            self.build_with_cmake()
+            try:
+                self.build_with_cmake("AUTO")
+            except subprocess.CalledProcessError as error:
+                again = f"the build failed ({error}); it starts again without CUDA kernels"
+                print(f"\nWARNING: {again}\n", file=sys.stderr, flush=True)  # noqa: T201
+                self.build_with_cmake("OFF")
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             self.extensions = []
             print(f"\nWARNING: {self.loss(error)}\n", file=sys.stderr, flush=True)  # noqa: T201
 
-    def build_with_cmake(self) -> None:
+    def build_with_cmake(self, cuda: str) -> None:
         if compiler() is None:
             raise FileNotFoundError("no C++ compiler was found")
         cmake = shutil.which("cmake")
@@ -64,6 +69,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DCF_CUDA={cuda}",
         ]
         subprocess.run(configure, cwd=build, check=True)
         jobs = str(self.parallel or os.cpu_count() or 1)

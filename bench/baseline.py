@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -97,19 +98,26 @@ class Schedule:
 class ReferenceMethod:
     """A causal Wan 2.1 DiT with the released Slow-Fast cache, one video, batch 1.
 
-    weights: official names (`blocks.0.self_attn.q.weight`, ...), cast to `dtype`      grid: token rows and columns of
-    a latent frame.  ConfigError for a policy other than `slow_fast` and `uniform`.
+    weights: official names (`blocks.0.self_attn.q.weight`, ...), cast to `dtype` on `device`      grid: token rows and
+    columns of a latent frame.  ConfigError for a policy other than `slow_fast` and `uniform`.
     """
 
     def __init__(
-        self, weights, model: ModelConfig, memory: MemoryConfig, sampler: SamplerConfig, grid, dtype=torch.float32
+        self,
+        weights,
+        model: ModelConfig,
+        memory: MemoryConfig,
+        sampler: SamplerConfig,
+        grid,
+        dtype=torch.float32,
+        device="cpu",
     ):
         if memory.policy not in ("slow_fast", "uniform"):
             raise ConfigError(f"reference_method knows no policy {memory.policy!r}; use 'slow_fast' or 'uniform'")
-        self.model, self.memory, self.grid, self.dtype = model, memory, tuple(grid), dtype
-        self.weights = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
+        self.model, self.memory, self.grid, self.dtype, self.device = model, memory, tuple(grid), dtype, device
+        self.weights = {name: tensor.detach().to(device, dtype) for name, tensor in weights.items()}
         self.schedule = Schedule(sampler)
-        self.table = rope_table(model.head_dim, model.theta)
+        self.table = [table.to(device) for table in rope_table(model.head_dim, model.theta)]
         self.page_tokens = grid[0] * grid[1]
         self.reset()
 
@@ -118,10 +126,10 @@ class ReferenceMethod:
         shape = (self.memory.slots * self.page_tokens, self.model.heads, self.model.head_dim)
         self.layers = [
             LayerCache(
-                torch.zeros(shape, dtype=self.dtype),
-                torch.zeros(shape, dtype=self.dtype),
-                torch.zeros(1, dtype=torch.long),
-                torch.zeros(1, dtype=torch.long),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(1, dtype=torch.long, device=self.device),
+                torch.zeros(1, dtype=torch.long, device=self.device),
                 [-1] * self.memory.slots,
             )
             for _ in range(self.model.layers)
@@ -150,14 +158,14 @@ class ReferenceMethod:
         prompt: (n, text_dim), n <= text_len      start: first latent frame
         trace: list that receives (flow, x0) of every pass      -> latents like noise
         """
-        x, warped = noise.to(self.dtype), self.schedule.warped
+        x, warped = noise.to(self.device, self.dtype), self.schedule.warped
         for index, timestep in enumerate(warped):
             flow = self.forward(x, timestep, prompt, start)
             x0 = self.schedule.to_x0(x, flow, timestep)
             if trace is not None:
                 trace.append((flow, x0))
             if index + 1 < len(warped):
-                x = self.schedule.renoise(x0, renoise[index].to(self.dtype), warped[index + 1])
+                x = self.schedule.renoise(x0, renoise[index].to(self.device, self.dtype), warped[index + 1])
         flow = self.forward(x0, 0.0, prompt, start)
         if trace is not None:
             trace.append((flow, self.schedule.to_x0(x0, flow, 0.0)))
@@ -192,13 +200,13 @@ class ReferenceMethod:
         """Embedding (frames, dim) and block modulation (frames, 6, dim) of one timestep, repeated per latent frame."""
         half = self.model.freq_dim // 2
         angle = timestep * torch.pow(10000.0, -torch.arange(half, dtype=torch.float64) / half)
-        wave = torch.cat([angle.cos(), angle.sin()]).to(self.dtype).expand(frames, -1)
+        wave = torch.cat([angle.cos(), angle.sin()]).to(self.device, self.dtype).expand(frames, -1)
         embedding = self.linear("time_embedding.2", F.silu(self.linear("time_embedding.0", wave)))
         return embedding, self.linear("time_projection.1", F.silu(embedding)).unflatten(1, (6, -1))
 
     def text(self, prompt):
         """Pad to text_len with zero rows, then the text MLP: (text_len, dim), on every pass."""
-        padded = F.pad(prompt.to(self.dtype), (0, 0, 0, self.model.text_len - prompt.shape[0]))
+        padded = F.pad(prompt.to(self.device, self.dtype), (0, 0, 0, self.model.text_len - prompt.shape[0]))
         return self.linear("text_embedding.2", F.gelu(self.linear("text_embedding.0", padded), approximate="tanh"))
 
     def block(self, name, x, modulation, context, cache, start, frames):
@@ -329,3 +337,9 @@ def chunk_flops(model: ModelConfig, memory: MemoryConfig, page_tokens: int, pass
         "text": 2 * model.text_len * (model.text_dim * dim + dim * dim),
     }
     return {kind: float(passes * flops) for kind, flops in per_pass.items()}
+
+
+if __name__ == "__main__":
+    from cfengine.bench.versus import main
+
+    sys.exit(main())

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from cfengine.bench.records import record, write
-from cfengine.bench.synthetic import describe, random_weights
+from cfengine.bench.synthetic import RandomText, describe, random_weights
 from cfengine.codec.tiny_world import TinyWorldCodec
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.engine import Engine
@@ -40,16 +40,6 @@ TIME_LIMIT = 1.5  # late over early; the rest is other work on the machine
 # Everything is allocated once; the allocator's slack moves by half a MiB. Keeping one latent per frame would add 5 MiB
 # over 1,800 frames at this size, one page 21, the pixels 60.
 RSS_LIMIT_MIB = 4.0
-
-
-class RandomText:
-    """A text encoder that gives every prompt the same few random tokens."""
-
-    def __init__(self, width: int, tokens: int = 5) -> None:
-        self.tokens = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1))
-
-    def encode(self, prompt: str) -> torch.Tensor:
-        return self.tokens
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -24,6 +25,42 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def line(entry: dict) -> str:
+    """Name, value and unit of a record, and the ratio with what it compares with."""
+    value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
+    ratio = "" if entry["ratio"] is None else f"   {entry['ratio']:.3g} x {entry['baseline']}"
+    return f"{entry['name']:<46}{value:>10} {entry['unit']}{ratio}"
+
+
+@functools.cache
+def software() -> dict[str, str | None]:
+    """Versions that a speed depends on; None for what is not there."""
+    import torch
+
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton and triton.__version__,
+        "driver": driver(),
+    }
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver, or None."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
 def commit() -> str:
     """Return the commit of the checkout that holds this file, `-dirty` appended where it differs, or `unknown`."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -46,6 +83,7 @@ def record(name: str, value: float | None, unit: str, baseline=None, ratio: floa
         "config": config,
         "device": device_name(),
         "commit": commit(),
+        "software": software(),
     }
 
 

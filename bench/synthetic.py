@@ -1,4 +1,4 @@
-"""Random weights, seeded noise, and the engine's own chunk scheduler without a codec: what a speed run needs."""
+"""Random weights made on the device, seeded noise, engines of them, and the chunk scheduler without a codec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from cfengine.config import EngineConfig, ModelConfig
+from cfengine.codec import Codec
+from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig, preset
+from cfengine.engine import Engine
+from cfengine.errors import ConfigError
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT
 from cfengine.model.weights import expected_shapes
@@ -17,23 +20,94 @@ from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import Schedule, chunk_noise
 from cfengine.segments.torch import TorchSegments
 
+SIZES: dict[str, EngineConfig] = {
+    "full": replace(preset("context-forcing"), codec="taehv"),
+    "toy": EngineConfig(
+        name="bench-toy",
+        model=ModelConfig(dim=128, ffn_dim=256, heads=2, layers=2, text_dim=32, text_len=16, freq_dim=32),
+        memory=MemoryConfig(),
+        video=VideoConfig(width=32, height=16),
+        codec="taehv",
+    ),
+}
+PROMPT_TOKENS = 100  # live tokens of 512: the released model is prompted with a paragraph
 
-def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights that keep activations of order one: linears ~ N(0, 1 / inputs), norms near 1, small biases; float32.
+
+def random_weights(
+    model: ModelConfig, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Weights that keep activations of order one: linears ~ N(0, 1 / inputs), norms near 1, small biases.
 
     Mean keys of two passes are then far apart, so that every promotion is decided with a wide margin in any type.
+    Drawn on `device` in float32; the same seed gives other values on another kind of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, shape in expected_shapes(model).items():
-        value = torch.randn(shape, generator=generator)
+        value = torch.randn(shape, generator=generator, device=device)
         if name.endswith("bias") or "modulation" in name:
-            weights[name] = 0.1 * value
+            value = 0.1 * value
         elif "norm" in name:
-            weights[name] = 1 + 0.1 * value
+            value = 1 + 0.1 * value
         else:
-            weights[name] = value / (value[0].numel()) ** 0.5
+            value = value / (value[0].numel()) ** 0.5
+        weights[name] = value.to(dtype)
     return weights
+
+
+class RandomText:
+    """A text encoder that gives every prompt the same few random tokens."""
+
+    def __init__(self, width: int, tokens: int = 5) -> None:
+        self.tokens = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1))
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        return self.tokens
+
+
+def random_codec(config: EngineConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
+    """The codec that `config.codec` names ("taehv" or "wan_vae") with random weights; ConfigError for another."""
+    torch.manual_seed(0)
+    if config.codec == "taehv":
+        from cfengine.codec.taehv import TAEHV, TAEHVCodec
+
+        with torch.device(device):
+            model = TAEHV()
+        return TAEHVCodec(model.to(dtype))
+    if config.codec != "wan_vae":
+        raise ConfigError(f"no random weights are made for the codec {config.codec!r}; choose taehv or wan_vae")
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError as error:
+        raise ConfigError(f"the Wan VAE needs diffusers ({error}); pip install it, or decode with taehv") from None
+    from cfengine.codec.wan_vae import WanVAECodec
+
+    with torch.device(device):
+        vae = AutoencoderKLWan()
+    return WanVAECodec(vae.to(dtype))
+
+
+def random_engine(
+    config: EngineConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    graphs: bool = True,
+) -> Engine:
+    """An engine of random weights; every prompt is the same PROMPT_TOKENS random tokens, or all the model takes."""
+    with torch.device("meta"):
+        model = CausalDiT(config.model)
+    model.load_state_dict(random_weights(config.model, seed, device, dtype), assign=True)
+    text = RandomText(config.model.text_dim, prompt_tokens(config))
+    # on a processor codecs run in float32, as an engine loads them
+    codec = random_codec(config, device, torch.float32 if torch.device(device).type == "cpu" else dtype)
+    return Engine(config, model, codec, text, device=device, dtype=dtype, graphs=graphs)
+
+
+def prompt_tokens(config: EngineConfig) -> int:
+    """Live tokens of the random prompt; one place is left for the padding."""
+    return min(PROMPT_TOKENS, config.model.text_len - 1)
 
 
 def chunk_inputs(config: EngineConfig, start: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,15 +124,26 @@ class EngineRun:
     weights: official names, cast to `dtype`      prompt: (n, text_dim), live tokens
     """
 
-    def __init__(self, weights, config: EngineConfig, prompt: Tensor, dtype=torch.float32, ops: Ops | None = None):
-        self.config, self.dtype = config, dtype
-        self.ops = ops or select("cpu", dict(config.kernels))
-        self.model = CausalDiT(config.model)
-        self.model.load_state_dict(weights)
-        self.model.to(dtype).prepare()
-        self.memory = Memory(config, self.ops, dtype)
-        self.scheduler = self._scheduler(self.ops)
-        self.cross = self.model.project_text(prompt)
+    def __init__(
+        self, weights, config: EngineConfig, prompt: Tensor, dtype=torch.float32, ops: Ops | None = None, device="cpu"
+    ):
+        model = CausalDiT(config.model)
+        model.load_state_dict(weights)
+        model.to(device, dtype).prepare(config.precision)
+        self._begin(model, config, prompt, ops or chosen(config, device))
+
+    @classmethod
+    def of(cls, engine: Engine, ops: Ops | None = None) -> EngineRun:
+        """A run over an engine's own model, with its operations or others."""
+        run = cls.__new__(cls)
+        run._begin(engine.model, engine.config, engine.text.encode("").to(engine.device), ops or engine.ops)
+        return run
+
+    def _begin(self, model: CausalDiT, config: EngineConfig, prompt: Tensor, ops: Ops) -> None:
+        self.model, self.config, self.ops, self.dtype = model, config, ops, model.dtype
+        self.memory = Memory(config, ops, model.dtype, model.patch_embedding.weight.device)
+        self.scheduler = self._scheduler(ops)
+        self.cross = model.project_text(prompt)
 
     def _scheduler(self, ops: Ops) -> ChunkScheduler:
         return ChunkScheduler(
@@ -71,12 +156,19 @@ class EngineRun:
         self.scheduler.clean_pass(self.memory, self.cross, start, latents)
         return latents
 
-    def attention(self, query: Tensor) -> Tensor:
-        """Attention of layer 0 over what its table shows now.  query: (tokens, heads, head_dim)."""
-        table, pool = self.memory.tables.layers[0], self.memory.pool
-        return self.ops.paged_attention(
-            query, pool.k[0], pool.v[0], table.page_ids, table.positions, table.count, table.q_positions
-        )
+    def attention(self, query: Tensor, layer: int = 0) -> Tensor:
+        """Attention of a layer over what its table shows now.  query: (tokens, heads, head_dim)."""
+        table, pool = self.memory.tables.layers[layer], self.memory.pool
+        shown = table.page_ids, table.positions, table.count, table.q_positions
+        options = {**pool.scales(layer), **self.memory.products}
+        return self.ops.paged_attention(query, pool.k[layer], pool.v[layer], *shown, **options)
+
+    def store(self, fused: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Norms, rotation and the write of a layer's spare pages.  fused: (tokens, 3 dim)."""
+        table, pool, dim = self.memory.tables.layers[layer], self.memory.pool, self.config.model.dim
+        norms = self.scheduler.segments.norms(layer)
+        pages = pool.k[layer], pool.v[layer], table.spare_ids, self.config.grid
+        return self.ops.qk_norm_rope_store(*fused.split(dim, dim=1), *norms, *pages, **pool.scales(layer))
 
     def watched(self) -> EngineRun:
         """A run over copies of the same pages whose operations show up by name in torch.profiler."""
@@ -84,9 +176,14 @@ class EngineRun:
         ops = replace(self.ops, **{name: named(name, f) for name, f in functions.items() if callable(f)})
         twin = copy.copy(self)
         twin.ops, twin.scheduler = ops, self._scheduler(ops)
-        twin.memory = Memory(self.config, ops, self.dtype)
+        twin.memory = Memory(self.config, ops, self.dtype, self.memory.device)
         twin.memory.pool, twin.memory.tables = copy.deepcopy((self.memory.pool, self.memory.tables))
         return twin
+
+
+def chosen(config: EngineConfig, device: torch.device | str) -> Ops:
+    """The operations that an engine of this configuration takes."""
+    return select(torch.device(device).type, dict(config.kernels), fp8=config.precision.fp8)
 
 
 def named(name: str, function):

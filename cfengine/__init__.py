@@ -10,6 +10,7 @@ with Engine.from_pretrained("tiny-world") as engine:
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "EngineConfig", "Frame", "Session", "__version__"]
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "kernels").is_dir():  # a checkout: kernels, export and bench lie beside this folder, installed or not
+    __path__.append(str(_HERE.parent))
 _HOMES = {"Engine": "engine", "EngineConfig": "config", "Frame": "types", "Session": "session"}
 
 

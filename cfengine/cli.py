@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cfengine.config import POLICIES, PRESETS, MemoryConfig
+from cfengine.config import POLICIES, PRECISIONS, PRESETS, MemoryConfig
 from cfengine.errors import CFEngineError, CheckpointError, ConfigError, OutputError, PromptError
 
 USER_ERRORS = (ConfigError, PromptError, CheckpointError, OutputError)  # exit code 2; every other failure is 1
@@ -90,6 +90,10 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="the device's")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"{' or '.join(PRECISIONS)}: of products, pages and attention.", show_default="the model's"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     scale: Annotated[
         int | None,
@@ -115,6 +119,7 @@ def generate(
             taehv=taehv,
             device=device,
             dtype=dtype,
+            precision=precision,
             threads=threads,
             scale=scale,
         )

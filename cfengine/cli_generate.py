@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from cfengine.config import POLICIES, VideoConfig, preset
+from cfengine.config import POLICIES, VideoConfig, precision, preset
 from cfengine.errors import CFEngineError, ConfigError, OutputError, PromptError
 from cfengine.video import VideoWriter, check_output
 
@@ -45,6 +45,7 @@ class Request:
     taehv: Path | None = None
     device: str = "cpu"
     dtype: str | None = None
+    precision: str | None = None
     threads: int | None = None
     scale: int | None = None
 
@@ -69,6 +70,8 @@ class Request:
             raise ConfigError(f"unknown device {self.device!r}; give cpu, cuda or cuda:N")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.precision is not None:
+            precision(self.precision)
         if self.pixels is not None:
             VideoConfig(*self.pixels)
         if "/" not in self.model and not Path(self.model).exists():
@@ -214,6 +217,7 @@ def load(request: Request) -> Engine:
         request.model,
         device=request.device,
         dtype=request.dtype,
+        precision=request.precision,
         policy=request.policy,
         size=request.pixels,
         taehv=request.taehv,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from cfengine.errors import ConfigError
 
@@ -125,6 +127,78 @@ class SamplerConfig:
     context_timestep: float = 0.0  # of the clean pass
 
 
+PRODUCTS = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")  # of a block, in order
+
+
+class Kept(NamedTuple):
+    """Products of blocks that stay in the type of the weights: a pattern of `blocks.<number>.<product>`, and why."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What is rounded to e4m3 ("fp8") and what keeps the type of the weights ("bf16").
+
+    linears: the products of the blocks (PRODUCTS), but for those that `keep` names. Patch, text and time embeddings,
+    the head and the cross-attention keys and values are never rounded: they are less than 1 % of a pass, or run once a
+    prompt or a timestep, and the head's output is the flow itself.
+    pages: keys and values in memory, one scale a page and head      attention: its two products, on such pages
+    """
+
+    linears: str = "bf16"
+    keep: tuple[Kept, ...] = ()
+    pages: str = "bf16"
+    attention: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name in ("linears", "pages", "attention"):
+            if getattr(self, name) not in ("bf16", "fp8"):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; PrecisionConfig.{name} is 'bf16' or 'fp8'")
+        if self.attention == "fp8" and self.pages != "fp8":
+            raise ConfigError("attention in fp8 reads pages in fp8, not in bf16; set PrecisionConfig.pages to 'fp8'")
+        for pattern, _ in self.keep:
+            if not any(fnmatchcase(f"blocks.0.{p}", _any_block(pattern)) for p in PRODUCTS):
+                raise ConfigError(
+                    f"PrecisionConfig.keep names {pattern!r}, which no product of a block is called; "
+                    f"choose among blocks.<number>.<product> with {', '.join(PRODUCTS)}"
+                )
+
+    @property
+    def fp8(self) -> bool:
+        """Whether anything is in e4m3."""
+        return "fp8" in (self.linears, self.pages, self.attention)
+
+    def fp8_products(self, block: int) -> frozenset[str]:
+        """Products of a block that are in e4m3."""
+        if self.linears != "fp8":
+            return frozenset()
+        kept = {p for p in PRODUCTS for k in self.keep if fnmatchcase(f"blocks.{block}.{p}", k.pattern)}
+        return frozenset(PRODUCTS) - kept
+
+
+def _any_block(pattern: str) -> str:
+    """A pattern with its block number, if it has one, replaced by that of block 0."""
+    head, _, rest = pattern.partition(".")
+    number, _, product = rest.partition(".")
+    return f"{head}.0.{product}" if number.isdigit() else pattern
+
+
+PRECISIONS: dict[str, PrecisionConfig] = {
+    "bf16": PrecisionConfig(),
+    "fp8": PrecisionConfig(linears="fp8", pages="fp8", attention="fp8"),
+}
+
+
+def precision(name: str) -> PrecisionConfig:
+    """Return the precision called `name`; ConfigError lists the known ones."""
+    try:
+        return PRECISIONS[name]
+    except KeyError:
+        raise ConfigError(f"unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}") from None
+
+
 @dataclass(frozen=True)
 class VideoConfig:
     """Pixels and their clock. A stream's first latent frame gives 1 video frame, later ones `temporal_stride`."""
@@ -167,6 +241,7 @@ class EngineConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     codec: str = "wan_vae"  # tiny_world | wan_vae | taehv
     text: str = "umt5"  # tiny_world | umt5
     dit_source: str = ""  # hub id or path of the DiT weights
@@ -213,8 +288,8 @@ PRESETS: dict[str, EngineConfig] = {
             model=TINY_MODEL,
             # the mean keys of a small net hardly move: a pan keeps 0.998 or so from chunk to chunk, "hold" 0.99999
             memory=MemoryConfig(policy="slow_fast_paper", threshold=0.9995),
-            # the last pass decides what is sharp: at 150 instead of 250 it sees more of what the others made
-            sampler=SamplerConfig(steps=(1000, 750, 500, 150)),
+            # noise levels 1, 0.88, 0.73, 0.47: landmarks are decided in the middle, and the last pass sees more of them
+            sampler=SamplerConfig(steps=(1000, 600, 350, 150)),
             video=VideoConfig(width=96, height=64),
             codec="tiny_world",
             text="tiny_world",

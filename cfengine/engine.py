@@ -5,24 +5,32 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from cfengine.codec import Codec, load_codec
 from cfengine.config import PRESETS, EngineConfig, cache_dir, preset, with_policy
+from cfengine.config import precision as config_precision
+from cfengine.device import check_device, check_fits, device_errors, page_bytes
 from cfengine.errors import CFEngineError, ConfigError, PromptError
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import CachedTextEncoder, TextEncoder
 from cfengine.model.text_tiny import TinyTextEncoder
 from cfengine.model.weights import infer_config, load_dit
-from cfengine.ops import HINTS, not_built, row, select
+from cfengine.ops import HINTS, OPERATIONS, Ops, not_built, row, select
+from cfengine.ranges import spanned
+from cfengine.scheduler.batch import per_session
 from cfengine.scheduler.chunk import ChunkScheduler
+from cfengine.scheduler.device_lane import DeviceLane
+from cfengine.scheduler.graphs import CudaRuntime, check_captured
+from cfengine.scheduler.lane import HostLane, Lane
 from cfengine.scheduler.sampler import Schedule
 from cfengine.segments.torch import TorchSegments
-from cfengine.session import Session, check_num_frames, check_seed
+from cfengine.session import Batch, Session, check_num_frames, check_seed
 from cfengine.types import Frame
 
 WEIGHTS = Path(__file__).parent / "weights"  # what the package ships
@@ -46,11 +54,15 @@ class Engine:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        graphs: bool = True,
     ) -> None:
-        """Take ready parts; `from_pretrained` loads them. model is moved to device and dtype and laid out here."""
+        """Take ready parts; `from_pretrained` loads them. model is moved to device and dtype and laid out here.
+
+        graphs: on a GPU, replay captured passes; without, every kernel is launched anew, as a profile by name needs
+        """
         self.config, self.codec, self.text = config, codec, text
         self.device, self.dtype = device, dtype
-        self.ops = select(_device_type(device), dict(config.kernels))
+        self.ops = select(_device_type(device), dict(config.kernels), fp8=config.precision.fp8)
         missing = [op for op in not_built(_device_type(device), self.ops.names) if op not in dict(config.kernels)]
         if missing:
             hint = HINTS[row(missing[0], _device_type(device))[0].name]
@@ -58,9 +70,17 @@ class Engine:
                 f"compiled kernels are missing, so plain torch serves {', '.join(missing)}, slower; {hint}",
                 stacklevel=2,
             )
-        self.model = model.to(device=device, dtype=dtype).prepare()
-        segments = TorchSegments(self.model, self.ops, config.grid)
-        self._scheduler = ChunkScheduler(self.model, segments, Schedule(config.sampler))
+        self._runtime: CudaRuntime | None = None
+        if _device_type(device) == "cuda":
+            check_device(device)
+            self.ops = dataclasses.replace(self.ops, **{op: spanned(op, getattr(self.ops, op)) for op in OPERATIONS})
+            missing_bytes = sum(p.nbytes for p in model.parameters() if p.device.type != "cuda")
+            check_fits(f"the model of {config.name!r}", missing_bytes, config, device, dtype.itemsize)
+        with device_errors(config, device, dtype.itemsize):
+            self.model = model.to(device=device, dtype=dtype).prepare(config.precision)
+        if _device_type(device) == "cuda":
+            self._runtime = CudaRuntime(device, graphs=graphs)
+        self._scheduler = self._make_scheduler(self.ops)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._closed = False
 
@@ -75,7 +95,9 @@ class Engine:
         policy: str | None = None,
         size: tuple[int, int] | None = None,
         taehv: str | Path | None = None,
+        precision: str | None = None,
         threads: int | None = None,
+        graphs: bool = True,
     ) -> Engine:
         """Load a preset, a local checkpoint (file or folder) or a hub id.
 
@@ -83,15 +105,14 @@ class Engine:
         config: overrides the preset's configuration; a checkpoint without one is taken as Context Forcing at the sizes
         its tensors show      policy: another memory rule over the same number of slots
         size: (width, height) in pixels      taehv: `taew2_1` weights (file, folder or hub id) to decode with, not the
-        Wan VAE      threads: for torch and the compiled kernels, process-wide
-        Raises ConfigError, CheckpointError or KernelError.
+        Wan VAE      precision: "bf16" (products and pages in dtype) or "fp8" (e4m3, see `PrecisionConfig`)
+        threads: for torch and the compiled kernels, process-wide      graphs: see `Engine`
+        Raises ConfigError, CheckpointError, KernelError or DeviceError.
         """
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1")
-        if _device_type(device) != "cpu" and not torch.cuda.is_available():
-            raise ConfigError(
-                f"device {device!r} needs CUDA, which torch {torch.__version__} does not find; use device='cpu'"
-            )
+        if _device_type(device) != "cpu":
+            check_device(device)
         name = str(source)
         if config is None:
             config = cls._config_of(name)
@@ -99,10 +120,13 @@ class Engine:
             config = dataclasses.replace(config, memory=with_policy(config.memory, policy))
         if size is not None:
             config = dataclasses.replace(config, video=dataclasses.replace(config.video, width=size[0], height=size[1]))
+        if precision is not None:
+            config = dataclasses.replace(config, precision=config_precision(precision))
         if taehv is not None:
             config = dataclasses.replace(config, codec="taehv")
         shipped = WEIGHTS / name if name in PRESETS and not PRESETS[name].dit_source else None
-        select(_device_type(device), dict(config.kernels))  # a choice that is not built fails before any weights load
+        # a choice that is not built fails before any weights load
+        select(_device_type(device), dict(config.kernels), fp8=config.precision.fp8)
         if threads is not None:
             torch.set_num_threads(threads)
         kind = _dtype(dtype) or (torch.float32 if shipped else torch.bfloat16)
@@ -114,10 +138,14 @@ class Engine:
         codec = str(taehv or codec)
         with torch.device("meta"):
             model = CausalDiT(config.model)
-        model.load_state_dict(load_dit(dit, config.model, dtype=kind, device=device), assign=True)
-        encoder = _text_encoder(config, text, device)
-        pixels = load_codec(config, codec, device, torch.float32 if _device_type(device) == "cpu" else kind)
-        return cls(config, model, pixels, encoder, device=device, dtype=kind)
+        if _device_type(device) == "cuda":
+            needed = sum(p.numel() for p in model.parameters()) * kind.itemsize
+            check_fits(f"the model of {config.name!r}", needed, config, device, kind.itemsize)
+        with device_errors(config, device, kind.itemsize):
+            model.load_state_dict(load_dit(dit, config.model, dtype=kind, device=device), assign=True)
+            encoder = _text_encoder(config, text, device)
+            pixels = load_codec(config, codec, device, torch.float32 if _device_type(device) == "cpu" else kind)
+        return cls(config, model, pixels, encoder, device=device, dtype=kind, graphs=graphs)
 
     @staticmethod
     def _config_of(name: str) -> EngineConfig:
@@ -140,24 +168,40 @@ class Engine:
         self._check_open()
         if not isinstance(prompt, str) or not prompt.strip():
             raise PromptError("the prompt is empty; say what the video shows")
-        embeds = self.text.encode(prompt)
-        with torch.inference_mode():
-            return self.model.project_text(embeds.to(self.device))
+        with torch.inference_mode(), self._queue():
+            return self.model.project_text(self.text.encode(prompt).to(self.device))
+
+    def _queue(self) -> AbstractContextManager:
+        """Where a GPU's work is queued, so that no two streams touch the same tensors unawares."""
+        return self._runtime.on(self._runtime.compute) if self._runtime else nullcontext()
+
+    def _make_scheduler(self, ops: Ops) -> ChunkScheduler:
+        segments = TorchSegments(self.model, ops, self.config.grid)
+        return ChunkScheduler(self.model, segments, Schedule(self.config.sampler))
+
+    def _open_lane(self, seeds: list[int]) -> Lane:
+        """Pages, tables and decoders of new sessions, one a seed, and what runs them."""
+        config, runtime, scheduler, sessions = self.config, self._runtime, self._scheduler, len(seeds)
+        if sessions > 1:
+            scheduler = self._make_scheduler(dataclasses.replace(self.ops, cross_attention=per_session(self.ops)))
+        if runtime:
+            needed = sessions * page_bytes(config, self.dtype.itemsize)
+            check_fits(f"the memory of {sessions} new session(s)", needed, config, self.device, self.dtype.itemsize)
+        with device_errors(config, self.device, self.dtype.itemsize), self._queue():
+            memories = [Memory(config, self.ops, self.dtype, self.device) for _ in range(sessions)]
+            decoders = [self.codec.decoder() for _ in range(sessions)]
+            if runtime is None:
+                return HostLane(scheduler, config, memories, decoders)
+            if runtime.graphs:
+                check_captured(self.ops, used_operations(memories[0].policy.op))
+            return DeviceLane(scheduler, config, memories, decoders, seeds, runtime)
 
     def session(self, prompt: str, *, seed: int = 0, latents: torch.Tensor | None = None) -> Session:
         """Open a live video. latents (frames, channels, height, width), if given, are its past (whole chunks)."""
         self._check_open()
         check_seed(seed)
-        session = Session(
-            self.config,
-            self._scheduler,
-            Memory(self.config, self.ops, self.dtype, self.device),
-            self.codec.decoder(),
-            self.encode_prompt,
-            prompt,
-            seed,
-            self._sessions.discard,
-        )
+        lane = self._open_lane([seed])
+        session = Session(self.config, lane, self.encode_prompt, prompt, seed, self._sessions.discard)
         self._sessions.add(session)
         if latents is not None:
             try:
@@ -166,6 +210,31 @@ class Engine:
                 session.close()
                 raise
         return session
+
+    def batch(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None) -> Batch:
+        """Open live videos that move in lock-step, one a prompt; seeds: one each, 0, 1, 2, ... where not given."""
+        self._check_open()
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if not prompts or len(seeds) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one, and a seed each")
+        for seed in seeds:
+            check_seed(seed)
+        lane = self._open_lane(seeds)
+        sessions: list[Session] = []
+
+        def on_close(session: Session) -> None:
+            self._sessions.discard(session)
+            for other in sessions:
+                other.close()
+
+        try:
+            for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                sessions.append(Session(self.config, lane, self.encode_prompt, prompt, seed, on_close, place=place))
+                self._sessions.add(sessions[-1])
+        except BaseException:
+            Batch(sessions, lane).close()
+            raise
+        return Batch(sessions, lane)
 
     def stream(self, prompt: str, *, seed: int = 0, num_frames: int | None = None) -> Iterator[Frame]:
         """Yield frames as soon as each chunk is decoded, before its clean pass.
@@ -192,13 +261,19 @@ class Engine:
         for session in list(self._sessions):
             session.close()
         self._closed = True
-        self.model = self.codec = self.text = self._scheduler = None
+        self.model = self.codec = self.text = self._scheduler = self._runtime = None
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def used_operations(rule: str) -> list[str]:
+    """Operations that a pass calls under a rule of the memory."""
+    rules = {"slow_fast_update", "slow_fast_paper_update", "window_update"}
+    return [op for op in OPERATIONS if op == rule or op not in rules]
 
 
 def _device_type(device: torch.device | str) -> str:

@@ -23,3 +23,7 @@ class OutputError(CFEngineError):
 
 class KernelError(CFEngineError):
     """An implementation that is not built, or operands that it cannot take."""
+
+
+class DeviceError(CFEngineError):
+    """A GPU that is too old, too full, without a driver that serves it, or lost."""

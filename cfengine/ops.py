@@ -24,19 +24,46 @@ class Candidate(NamedTuple):
 
     name: str
     module: str
+    fp8: bool = True  # takes and gives e4m3 where the operation has such operands
+    captured: bool = True  # reads tables on the device, so that one captured CUDA graph serves every state of a memory
 
 
-# (operation, device type) -> implementations, best first. `reference` runs everywhere torch does.
-TABLE: dict[tuple[str, str], tuple[Candidate, ...]] = {
-    (op, device): (
-        Candidate(best, f"cfengine.kernels.{op}.{best}"),
-        Candidate("reference", f"cfengine.kernels.{op}.reference"),
+# operation -> device type -> implementations, best first, then `reference`, which runs everywhere torch does and so is
+# the last one that is chosen unasked; `rounding` shows on any machine what fp8 tensor cores would round.
+_BUILT: dict[str, dict[str, tuple[str, ...]]] = {
+    "paged_attention": {"cpu": ("cpu", "reference", "rounding"), "cuda": ("cuda", "triton", "sdpa")},
+    "qk_norm_rope_store": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "modulated_norm": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "gated_residual": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "slow_fast_update": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "slow_fast_paper_update": {"cuda": ("triton",)},
+    "window_update": {"cuda": ("triton",)},
+    "cross_attention": {"cuda": ("triton",)},
+    "quantise_rows": {"cuda": ("triton",)},
+    "linear_fp8": {"cuda": ("scaled_mm",)},
+    "flow_to_x0": {"cuda": ("triton",)},
+    "renoise": {"cuda": ("triton",)},
+}
+OPERATIONS = tuple(_BUILT)
+_WIDE_ONLY = {(op, "cpu") for op in ("paged_attention", "qk_norm_rope_store", "modulated_norm", "gated_residual")}
+_READ_BY_HOST = {("paged_attention", "sdpa"), ("paged_attention", "rounding")} | {
+    (op, "reference")
+    for op in (
+        "paged_attention",
+        "qk_norm_rope_store",
+        "slow_fast_update",
+        "slow_fast_paper_update",
+        "window_update",
     )
-    for op in ("paged_attention", "qk_norm_rope_store", "modulated_norm", "gated_residual", "slow_fast_update")
-    for device, best in (("cpu", "cpu"), ("cuda", "triton"))
-} | {("cross_attention", "cpu"): (Candidate("reference", "cfengine.kernels.cross_attention.reference"),)}
-
-OPERATIONS = tuple(op for op, device in TABLE if device == "cpu")
+}
+TABLE: dict[tuple[str, str], tuple[Candidate, ...]] = {
+    (op, device): tuple(
+        Candidate(name, f"cfengine.kernels.{op}.{name}", (op, name) not in _WIDE_ONLY, (op, name) not in _READ_BY_HOST)
+        for name in dict.fromkeys((*built.get(device, ()), "reference"))
+    )
+    for op, built in _BUILT.items()
+    for device in ("cpu", "cuda")
+}
 
 
 @dataclass(frozen=True)
@@ -48,13 +75,19 @@ class Ops:
     modulated_norm: Callable[..., Any]
     gated_residual: Callable[..., Any]
     slow_fast_update: Callable[..., Any]
+    slow_fast_paper_update: Callable[..., Any]
+    window_update: Callable[..., Any]
     cross_attention: Callable[..., Any]
+    quantise_rows: Callable[..., Any]
+    linear_fp8: Callable[..., Any]
+    flow_to_x0: Callable[..., Any]
+    renoise: Callable[..., Any]
     names: Mapping[str, str]  # operation -> implementation that serves it
 
 
 def row(op: str, device: str) -> tuple[Candidate, ...]:
-    """Candidates for `op` on a device type; only the reference where nothing else is listed."""
-    return TABLE.get((op, device), (Candidate("reference", f"cfengine.kernels.{op}.reference"),))
+    """Candidates for `op` on a device type, best first."""
+    return TABLE[op, device]
 
 
 def load(op: str, candidate: Candidate) -> Callable[..., Any]:
@@ -66,11 +99,18 @@ def load(op: str, candidate: Candidate) -> Callable[..., Any]:
         raise KernelError(f"{op}: implementation {candidate.name!r} is not available ({error}); {hint}") from error
 
 
-def select(device: str = "cpu", choices: Mapping[str, str] | None = None, prefer: str | None = None) -> Ops:
+def reference(op: str) -> Callable[..., Any]:
+    """The meaning of an operation, in plain torch."""
+    return load(op, Candidate("reference", f"cfengine.kernels.{op}.reference"))
+
+
+def select(
+    device: str = "cpu", choices: Mapping[str, str] | None = None, prefer: str | None = None, *, fp8: bool = False
+) -> Ops:
     """Choose one implementation per operation for a device type ("cpu", "cuda").
 
     choices: operation -> implementation name that must be used      prefer: implementation to use wherever the
-    operation has one of that name (an error if it has one that is not built)
+    operation has one of that name (an error if it has one that is not built)      fp8: e4m3 operands will come
     """
     choices = dict(choices or {})
     unknown = set(choices) - set(OPERATIONS)
@@ -78,33 +118,37 @@ def select(device: str = "cpu", choices: Mapping[str, str] | None = None, prefer
         raise KernelError(f"unknown operation {sorted(unknown)[0]!r}; known: {', '.join(OPERATIONS)}")
     functions, names = {}, {}
     for op in OPERATIONS:
-        candidates = row(op, device)
+        candidates = [c for c in row(op, device) if c.fp8 or not fp8]
         listed = [c.name for c in candidates]
         wanted = choices.get(op) or (prefer if prefer in listed else None)
         if wanted is not None and wanted not in listed:
-            raise KernelError(f"{op} has no implementation {wanted!r} on {device}; known: {', '.join(listed)}")
+            kind = " that takes e4m3" if fp8 else ""
+            raise KernelError(f"{op} has no implementation {wanted!r} on {device}{kind}; known: {', '.join(listed)}")
         if wanted is not None:
             candidate = candidates[listed.index(wanted)]
             functions[op], names[op] = load(op, candidate), candidate.name
-            continue
-        failure = None
-        for candidate in candidates:
-            try:
-                functions[op], names[op] = load(op, candidate), candidate.name
-                break
-            except KernelError as error:
-                failure = error
         else:
-            raise failure or KernelError(f"{op} has no implementation on {device}")
+            functions[op], names[op] = _first(op, candidates)
     return Ops(**functions, names=names)
 
 
+def _first(op: str, candidates: list[Candidate]) -> tuple[Callable[..., Any], str]:
+    """The first candidate that loads, and its name; the reference always does."""
+    for candidate in candidates:
+        try:
+            return load(op, candidate), candidate.name
+        except KernelError:
+            if candidate.name == "reference":
+                raise
+    raise KernelError(f"{op} has no implementation that takes these operands; choose precision 'bf16'")
+
+
 def not_built(device: str, names: Mapping[str, str]) -> list[str]:
-    """Operations of `names` that have a better implementation than the one chosen, one that does not load."""
+    """Operations that plain torch serves because the best implementation, built for them, does not load."""
     missing = []
     for op, name in names.items():
         best = row(op, device)[0]
-        if best.name != name:
+        if name == "reference" and best.name != name:
             try:
                 load(op, best)
             except KernelError:

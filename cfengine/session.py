@@ -10,51 +10,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
+from cfengine.device import device_errors
 from cfengine.errors import CFEngineError, ConfigError
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CrossCache
-from cfengine.scheduler.chunk import ChunkScheduler
-from cfengine.scheduler.sampler import chunk_noise
+from cfengine.scheduler.lane import Chunk, Lane, Step
 from cfengine.scheduler.scenes import timeline
-from cfengine.types import ChunkTimings, Frame, LayerEvents
+from cfengine.types import ChunkTimings, Frame
 
 
 class Session:
     """A live video that goes on for as long as frames are asked for; made by `Engine.session`.
 
-    A chunk's frames leave before its clean pass; the clean pass runs when the next chunk is asked for, so a stream
-    that ends does not pay for it. Nothing grows with time. Not thread-safe: one consumer at a time.
+    A chunk's frames leave before its clean pass is through. On a CPU that pass runs when the next chunk is asked for,
+    so a stream that ends does not pay for it. Nothing grows with time. Not thread-safe: one consumer at a time.
     """
 
     def __init__(
         self,
         config: EngineConfig,
-        scheduler: ChunkScheduler,
-        memory: Memory,
-        decoder: StreamDecoder,
+        lane: Lane,
         encode: Callable[[str], list[CrossCache]],
         prompt: str,
         seed: int,
         on_close: Callable[[Session], None] = lambda session: None,
+        *,
+        place: int = 0,
     ) -> None:
+        """place: of the session among those of its lane."""
         self.config, self.seed = config, seed
         self.latents: Tensor | None = None  # of the newest chunk: (chunk_frames, channels, height, width) float32
-        self._scheduler, self._memory, self._decoder, self._encode = scheduler, memory, decoder, encode
-        self._on_close = on_close
-        self._owed: tuple[int, Tensor, list[CrossCache], bool] | None = None  # chunk whose clean pass is due
+        self._lane: Lane | None = lane
+        self._place, self._encode, self._on_close = place, encode, on_close
         self._start = 0  # first latent frame of the next chunk
         self._index = 0  # next video frame
         self._chunks = 0  # chunks generated
-        self._text_seconds = self._clean_seconds = 0.0
+        self._text_seconds = 0.0
         self.set_prompt(prompt)
 
     @property
     def memory(self) -> Memory:
         """Pages and tables, to look at."""
         self._check_open()
-        return self._memory
+        return self._lane.memories[self._place]
 
     @property
     def prompt(self) -> str:
@@ -87,10 +86,9 @@ class Session:
             )
         scene, _ = self._timeline.at(max(0, self._chunks - self._prompt_since))
         with self._closing_on_error():
-            self._pay()
-            for chunk in latents.to(self._memory.device, torch.float32).split(frames):
-                self._scheduler.clean_pass(self._memory, self._caches[scene], self._start, chunk)
-                self._index += len(self._decoder.decode(chunk))
+            for chunk in latents.to(self.memory.device, torch.float32).split(frames):
+                step = Step(self._start, self.seed, self._caches[scene])
+                self._index += self._lane.prime(step, chunk)
                 self._start += frames
 
     @property
@@ -101,20 +99,8 @@ class Session:
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
         """Close the session when work on a chunk is cut short: its pages and decoder would be half a chunk ahead."""
-        try:
+        with closing_on_error([self]):
             yield
-        except BaseException:
-            self.close()
-            raise
-
-    def _pay(self) -> None:
-        """Run the clean pass that the last chunk still owes."""
-        if self._owed is None:
-            return
-        start, x0, cross, cut = self._owed
-        began = time.perf_counter()
-        self._scheduler.clean_pass(self._memory, cross, start, x0, cut=cut)
-        self._clean_seconds, self._owed = time.perf_counter() - began, None
 
     def next_chunk(self) -> list[Frame]:
         """Generate one chunk and return its frames (9 first, then 12, for a chunk of 3 latent frames).
@@ -127,38 +113,29 @@ class Session:
             return self._generate()
 
     def _generate(self) -> list[Frame]:
-        frames, start = self.config.memory.chunk_frames, self._start
-        before = self._memory.snapshot_events()
-        self._pay()
+        return self._accept(*self._lane.run([self._step()]))
+
+    def _step(self) -> Step:
+        """What the lane shall make next."""
         scene, opens = self._timeline.at(self._chunks - self._prompt_since)
-        cut, cross = opens and self._timeline.scenes[scene].cut, self._caches[scene]
-        if opens:
-            self._memory.flush()
-        began = time.perf_counter()
-        x0 = self._scheduler.denoise(
-            self._memory,
-            cross,
-            start,
-            lambda i: chunk_noise(self.seed, start, frames, i, self._latent_shape),
-            cut=cut,
-        )
-        denoised = time.perf_counter()
-        pixels = self._decoder.decode(x0)
-        decoded = time.perf_counter()
-        promotions, evictions = self._memory.events_since(before)
+        cut = opens and self._timeline.scenes[scene].cut
+        return Step(self._start, self.seed, self._caches[scene], opens, cut)
+
+    def _accept(self, chunk: Chunk) -> list[Frame]:
+        """Count a chunk that the lane has made."""
         timings = ChunkTimings(
             chunk=self._chunks,
-            denoise=denoised - began,
-            decode=decoded - denoised,
-            clean=self._clean_seconds,
+            denoise=chunk.denoise,
+            decode=chunk.decode,
+            clean=chunk.clean,
             text=self._text_seconds,
-            memory=LayerEvents(promotions, evictions),
+            memory=chunk.events,
         )
-        self._clean_seconds = self._text_seconds = 0.0
-        self.latents, self._owed = x0, (start, x0, cross, cut)
-        self._start += frames
+        self._text_seconds = 0.0
+        self.latents = chunk.latents
+        self._start += self.config.memory.chunk_frames
         self._chunks += 1
-        return self._wrap(pixels, timings)
+        return self._wrap(chunk.pixels, timings)
 
     def _wrap(self, pixels: np.ndarray, timings: ChunkTimings) -> list[Frame]:
         first, fps = self._index, self.config.video.fps
@@ -182,7 +159,7 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        return self._memory is None
+        return self._lane is None
 
     def _check_open(self) -> None:
         if self.closed:
@@ -191,8 +168,8 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the session cannot be used afterwards. Closing twice is harmless."""
         if not self.closed:
-            self._memory = self._decoder = self._owed = self._scheduler = self._encode = None
-            self._caches = []
+            lane, self._lane, self._encode, self._caches = self._lane, None, None, []
+            lane.close()
             self._on_close(self)
 
     def __enter__(self) -> Session:
@@ -200,6 +177,53 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Batch:
+    """Sessions that move in lock-step: products and norms run once over the tokens of all; made by `Engine.batch`.
+
+    Prompts change through the sessions, chunks come from here. Each session sees what it would see alone, but for the
+    rounding of larger products.
+    """
+
+    def __init__(self, sessions: list[Session], lane: Lane) -> None:
+        self.sessions, self._lane = sessions, lane
+
+    def next_chunk(self) -> list[list[Frame]]:
+        """Generate one chunk of every session; one list of frames a session, as `Session.next_chunk`.
+
+        Any failure closes all of them.
+        """
+        for session in self.sessions:
+            session._check_open()
+        with closing_on_error(self.sessions):
+            chunks = self._lane.run([session._step() for session in self.sessions])
+            return [session._accept(chunk) for session, chunk in zip(self.sessions, chunks, strict=True)]
+
+    def close(self) -> None:
+        """Close every session; harmless twice."""
+        for session in self.sessions:
+            session.close()
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextmanager
+def closing_on_error(sessions: list[Session]) -> Iterator[None]:
+    """Close sessions when work on a chunk is cut short, and say in one sentence what a GPU reported."""
+    config = sessions[0].config
+    device = None if sessions[0].closed else sessions[0].memory.device
+    try:
+        with device_errors(config, device):
+            yield
+    except BaseException:
+        for session in sessions:
+            session.close()
+        raise
 
 
 def check_num_frames(num_frames: int | None) -> None:

@@ -20,10 +20,13 @@ class LayerEvents:
 
 @dataclass(frozen=True)
 class ChunkTimings:
-    """Wall-clock seconds spent on one chunk, measured when its frames left.
+    """Seconds spent on one chunk, known when its frames left.
 
     `denoise` covers the denoise passes, `decode` the codec; `clean` is the clean pass of the *previous* chunk, since
-    frames leave before their own clean pass runs. `text` is the prompt encoding (first chunk of a prompt only).
+    frames leave before their own clean pass is through. `text` is the prompt encoding (first chunk of a prompt only).
+    A CPU is timed by the clock. On a GPU its own events are read, `decode` counts the copy to host memory, and runs
+    beside the clean pass of the same chunk, so that the parts add up to more than a chunk takes. `memory` is what
+    happened since the frames before: in the clean pass of the previous chunk and the denoise passes of this one.
     """
 
     chunk: int

@@ -13,10 +13,21 @@ void register_qk_norm_rope_store(py::module_& m);
 void register_modulated_norm(py::module_& m);
 void register_gated_residual(py::module_& m);
 void register_slow_fast_update(py::module_& m);
+void register_paged_attention_cuda(py::module_& m);
+
+// Compute capabilities that CUDA kernels are built for, such as 80 and 90a; none without nvcc.
+std::vector<std::string> cuda_architectures() {
+    std::vector<std::string> names;
+#if defined(CF_CUDA_ARCHITECTURES)
+    std::istringstream text(CF_CUDA_ARCHITECTURES);
+    for (std::string name; text >> name;) names.push_back(name);
+#endif
+    return names;
+}
 }  // namespace cf
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU kernels of cfengine behind raw pointers";
+    m.doc() = "CPU and CUDA kernels of cfengine behind raw pointers";
     py::register_local_exception_translator([](std::exception_ptr pointer) {
         try {
             if (pointer) std::rethrow_exception(pointer);
@@ -38,4 +49,8 @@ PYBIND11_MODULE(_C, m) {
     cf::register_modulated_norm(m);
     cf::register_gated_residual(m);
     cf::register_slow_fast_update(m);
+    m.def("cuda_architectures", &cf::cuda_architectures, "Compute capabilities that CUDA kernels are built for.");
+#if defined(CF_CUDA_ARCHITECTURES)
+    cf::register_paged_attention_cuda(m);
+#endif
 }

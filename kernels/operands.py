@@ -28,10 +28,29 @@ def check_tensor(op: str, name: str, tensor, dims: int, dtypes, device: str = "c
         raise KernelError(f"{op}: the last stride of {name} is {stride} but must be 1; call .contiguous() on it")
 
 
+def refuse_fp8(op: str, fp8: bool) -> None:
+    """Raise KernelError where e4m3 is asked of an implementation without it."""
+    if fp8:
+        raise KernelError(f"{op}: this implementation has no e4m3; choose implementation 'reference'")
+
+
 def check_size(op: str, name: str, found: int, expected: int, meaning: str) -> None:
     """Raise KernelError unless a size is the one that `meaning` asks for."""
     if found != expected:
         raise KernelError(f"{op}: {name} is {found} but {meaning} is {expected}; they must agree")
+
+
+def check_latents(op: str, parts: dict, dtypes) -> list:
+    """Return tensors of one shape and device as contiguous ones; KernelError where they differ or have other types."""
+    (first_name, first), *_ = parts.items()
+    for name, part in parts.items():
+        if part.shape != first.shape:
+            shapes = f"{name} is {tuple(part.shape)} but {first_name} is {tuple(first.shape)}"
+            raise KernelError(f"{op}: {shapes}; they must agree")
+    dense = {name: part.contiguous() for name, part in parts.items()}
+    for name, part in dense.items():
+        check_tensor(op, name, part, first.dim(), dtypes, first.device.type)
+    return list(dense.values())
 
 
 def check_divides(op: str, name: str, value: int, part_name: str, part: int) -> None:
@@ -52,3 +71,8 @@ def float_vector(op: str, name: str, tensor, dim: int):
     check_tensor(op, name, tensor, 1, FLOATS)
     check_size(op, f"length of {name}", tensor.shape[0], dim, "width of k")
     return tensor.float()
+
+
+def on_device(value, device: torch.device):
+    """A whole number or flag as (1,) int32 on a device; a tensor, which a captured graph can read anew, as it is."""
+    return value if torch.is_tensor(value) else torch.tensor([int(value)], dtype=torch.int32, device=device)

@@ -31,14 +31,18 @@ class ToyCodec:
 
     class Decoder:
         def __init__(self) -> None:
-            self.first = True
+            self.state = {}
+
+        def draw(self, latents: torch.Tensor) -> torch.Tensor:
+            shown = latents[:, :3] + (0.1 * self.state[0][:, :3] if self.state else 0)  # a little of the past
+            image = (shown * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            image = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
+            video = image.repeat_interleave(4, 0)[0 if self.state else 3 :]
+            self.state = {0: latents[-1:]}
+            return video.contiguous()
 
         def decode(self, latents: torch.Tensor) -> np.ndarray:
-            image = (latents[:, :3] * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-            image = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
-            video = image.repeat_interleave(4, 0)[3 if self.first else 0 :]
-            self.first = False
-            return video.numpy()
+            return self.draw(latents).cpu().numpy()
 
     def decoder(self) -> ToyCodec.Decoder:
         return self.Decoder()

@@ -106,6 +106,7 @@ def python(code, *arguments, **options):
         (["hills", "--size", "100x64"], ["width 100", "multiple of 8"]),
         (["hills", "--size", "huge"], ["--size is 'huge'"]),
         (["hills", "--dtype", "int4"], ["'int4'", "float32"]),
+        (["hills", "--precision", "int4"], ["'int4'", "bf16, fp8"]),
         (["hills", "--device", "tpu"], ["'tpu'", "cuda:N"]),
     ],
 )

@@ -164,7 +164,8 @@ def test_half_a_chunk_closes_the_session(toy_engine, monkeypatch, where):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session._decoder if where == "decode" else session._scheduler, where, interrupted)
+    lane = session._lane
+    monkeypatch.setattr(lane._decoders[0] if where == "decode" else lane._scheduler, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.next_chunk()
     assert session.closed and not engine._sessions

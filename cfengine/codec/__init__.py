@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,24 @@ from cfengine.errors import ConfigError
 
 
 class StreamDecoder(Protocol):
-    """Decoder of one live video; it keeps what the next chunk needs of the past."""
+    """Decoder of one live video; it keeps what the next chunk needs of the past.
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Decode the next latents of the stream.
+    state: that past, a tensor a place in the network; empty before the first latent. It may be replaced by one of equal
+    shapes, as a captured graph does that keeps it in place.
+    """
 
-        latents: (n, C, h, w) as the DiT emits them  ->  (frames, H, W, 3) uint8 RGB
+    state: dict[int, Any]
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """Decode the next latents of the stream, without a word to the host.
+
+        latents: (n, C, h, w) as the DiT emits them  ->  (frames, H, W, 3) uint8 RGB, where the weights are
         The first latent of a stream gives 1 frame, each later one `temporal_stride`.
         """
+        ...
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """`draw`, in host memory."""
         ...
 
 
@@ -119,10 +129,10 @@ def check_frames(frames: np.ndarray, codec: Codec, size: tuple[int, int] | None)
         raise ConfigError(f"a later call got {count} frames; it takes a multiple of {step}, such as {step}")
 
 
-def to_pixels(video: Tensor) -> np.ndarray:
+def to_levels(video: Tensor) -> Tensor:
     """(frames, 3, H, W) in [0, 1], clamped and rounded -> (frames, H, W, 3) uint8"""
     levels = video.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return levels.permute(0, 2, 3, 1).contiguous()
 
 
 def from_pixels(frames: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfengine import checkpoint
-from cfengine.codec import check_frames, check_latents, from_pixels, to_pixels
+from cfengine.codec import check_frames, check_latents, from_pixels, to_levels
 from cfengine.errors import CheckpointError
 
 WHAT = "TAEHV weights"
@@ -131,15 +131,18 @@ class TAEHVDecoder:
 
     def __init__(self, codec: TAEHVCodec) -> None:
         self._codec = codec
-        self._memory: Memory = {}
+        self.state: Memory = {}
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def draw(self, latents: Tensor) -> Tensor:
         codec = self._codec
         check_latents(latents, codec)
-        drop = 0 if self._memory else STRIDE - 1
-        video = codec.model.decoder.run(latents.to(codec.device, codec.dtype), self._memory)
-        return to_pixels(video[drop:])
+        drop = 0 if self.state else STRIDE - 1
+        latents = latents.to(codec.device, codec.dtype, memory_format=codec.layout)
+        return to_levels(codec.model.decoder.run(latents, self.state)[drop:])
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return self.draw(latents).cpu().numpy()
 
 
 class TAEHVEncoder:
@@ -178,6 +181,10 @@ class TAEHVCodec:
         self.model = model.eval().requires_grad_(False)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        # the tensor cores want channels side by side, in weights and pictures
+        self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+        if self.device.type == "cuda":
+            self.model.to(memory_format=self.layout)
 
     @classmethod
     def from_pretrained(

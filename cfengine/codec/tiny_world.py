@@ -78,10 +78,14 @@ class StreamDecoder:
 
     def __init__(self, net: PairDecoder) -> None:
         self._net = net
-        self._before: torch.Tensor | None = None
+        self.state: dict[int, torch.Tensor] = {}  # at 0 the last latent frame, once there is one
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """`draw`, in host memory."""
+        return self.draw(latents).cpu().numpy()
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
+    def draw(self, latents: torch.Tensor) -> torch.Tensor:
         """(n, 16, h, w) -> (frames, 8 h, 8 w, 3) uint8; 4 frames each, 1 for the first latent frame of the stream.
 
         Latent frames are decoded one at a time, so that any split into calls gives the same bytes.
@@ -93,14 +97,13 @@ class StreamDecoder:
         weight = self._net.enter.weight
         pieces = []
         for latent in latents.to(weight.device, weight.dtype).split(1):
-            first = self._before is None
-            frames = self._net(latent if first else self._before, latent)[0]
-            pieces.append(frames[-1:] if first else frames)
-            self._before = latent
+            frames = self._net(self.state.get(0, latent), latent)[0]
+            pieces.append(frames if self.state else frames[-1:])
+            self.state = {0: latent}
         if not pieces:
-            return np.zeros((0, SPACE * latents.shape[2], SPACE * latents.shape[3], 3), dtype=np.uint8)
+            return latents.new_zeros((0, SPACE * latents.shape[2], SPACE * latents.shape[3], 3), dtype=torch.uint8)
         video = torch.cat(pieces).permute(0, 2, 3, 1)
-        return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy()
+        return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
 
 
 class StreamEncoder:

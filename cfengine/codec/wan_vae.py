@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cfengine import checkpoint
-from cfengine.codec import check_frames, check_latents, from_pixels, to_pixels
+from cfengine.codec import check_frames, check_latents, from_pixels, to_levels
 from cfengine.errors import CheckpointError, ConfigError
 
 WHAT = "Wan VAE weights"
@@ -64,18 +64,25 @@ class WanDecoder:
 
     def __init__(self, codec: WanVAECodec) -> None:
         self._codec = codec
-        self._features = codec.empty_features(codec.vae.decoder)
+        self.state: dict[int, Any] = {}  # place in the network's list -> what it left there
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def draw(self, latents: Tensor) -> Tensor:
         codec = self._codec
         check_latents(latents, codec)
+        features = codec.empty_features(codec.vae.decoder)
+        for place, feature in self.state.items():
+            features[place] = feature
         latents = latents.to(codec.device, torch.float32) * codec.std + codec.mean
         video = []
         for latent in latents.to(codec.dtype):
-            z = codec.vae.post_quant_conv(latent[None, :, None])
-            video.append(codec.vae.decoder(z, feat_cache=self._features, feat_idx=[0])[0])
-        return to_pixels((torch.cat(video, dim=1).transpose(0, 1).float() + 1) / 2)
+            z = codec.vae.post_quant_conv(latent[None, :, None].contiguous(memory_format=codec.layout))
+            video.append(codec.vae.decoder(z, feat_cache=features, feat_idx=[0])[0])
+        self.state = {place: feature for place, feature in enumerate(features) if feature is not None}
+        return to_levels((torch.cat(video, dim=1).transpose(0, 1).float() + 1) / 2)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return self.draw(latents).cpu().numpy()
 
 
 class WanEncoder:
@@ -111,6 +118,13 @@ class WanVAECodec:
         self.vae: Any = vae.eval().requires_grad_(False)
         weight = next(vae.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        # the tensor cores want channels side by side, in weights and pictures
+        self.layout = torch.channels_last_3d if self.device.type == "cuda" else torch.contiguous_format
+        if self.device.type == "cuda":
+            for module in vae.modules():
+                if isinstance(module, nn.Conv2d | nn.Conv3d):
+                    flat = isinstance(module, nn.Conv2d)
+                    module.to(memory_format=torch.channels_last if flat else self.layout)
         self.latent_channels: int = vae.config.z_dim
         sizes = {"latents_mean": len(vae.config.latents_mean), "latents_std": len(vae.config.latents_std)}
         for name, size in sizes.items():

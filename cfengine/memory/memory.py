@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from cfengine.config import EngineConfig
 from cfengine.memory.pages import PagePool, Tables
 from cfengine.memory.policies import Pass, Window, make_policy
 from cfengine.ops import Ops
+from cfengine.types import LayerEvents
 
 
 class Memory:
@@ -24,6 +27,8 @@ class Memory:
         self.sink = config.memory.kept_sink
         self.keep = 1 if config.memory.policy == "slow_fast_paper" else config.memory.keep
         self.grid, self.eps, self.theta = config.grid, config.model.eps, config.model.theta
+        kept = config.precision.pages == "fp8" and config.precision.attention != "fp8"
+        self.products = {"wide": True} if kept else {}  # e4m3 pages, products in 16 bits
 
     @property
     def bytes(self) -> int:
@@ -39,16 +44,17 @@ class Memory:
         -> (tokens, heads, head_dim) or None
         """
         table = self.tables.layers[layer]
-        k_pages, v_pages = self.pool.k[layer], self.pool.v[layer]
+        k_pages, v_pages, scales = self.pool.k[layer], self.pool.v[layer], self.pool.scales(layer)
         query, key_mean = self.ops.qk_norm_rope_store(
-            q, k, v, *norms, k_pages, v_pages, table.spare_ids, self.grid, eps=self.eps, theta=self.theta
+            q, k, v, *norms, k_pages, v_pages, table.spare_ids, self.grid, eps=self.eps, theta=self.theta, **scales
         )
         self.policy.update(self.tables, layer, key_mean, step)
         if query is None:
             return None
         return self.ops.paged_attention(
-            query, k_pages, v_pages, table.page_ids, table.positions, table.count, table.q_positions, theta=self.theta
-        )
+            query, k_pages, v_pages, table.page_ids, table.positions, table.count, table.q_positions, theta=self.theta,
+            **scales, **self.products,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -68,18 +74,38 @@ class Memory:
         windowed = isinstance(self.policy, Window)
         return int(self.tables.ends[layer] if windowed else self.tables.layers[layer].count)
 
-    def snapshot_events(self) -> tuple[int, np.ndarray]:
-        """A point to count events from: promotions so far, and which latent frames the tables show."""
-        return int(self.promotions), self._shown()
+    def reset(self) -> None:
+        """Forget everything, in place: what a new session finds."""
+        self.tables.reset()
+        self.promotions.zero_()
 
-    def events_since(self, before: tuple[int, np.ndarray]) -> tuple[int, int]:
-        """(promotions, evictions) since `before`, summed over layers; an eviction is a frame no slot shows any more."""
-        promotions, shown = before
-        return int(self.promotions) - promotions, int(np.setdiff1d(shown, self._shown()).size)
+    def show(self, out: Shown | None = None) -> Shown:
+        """Copy to host memory what the tables show; without waiting, where `out` lies in pinned memory."""
+        if out is None:
+            return Shown(*(tensor.to("cpu", copy=True) for tensor in self.shown()))
+        for place, tensor in zip(out, self.shown(), strict=True):
+            place.copy_(tensor, non_blocking=True)
+        return out
 
-    def _shown(self) -> np.ndarray:
+    def shown(self) -> Shown:
+        """What the tables show, where they are."""
+        return Shown(self.promotions, self.tables.stacked.sources, self.tables.stacked.count)
+
+
+class Shown(NamedTuple):
+    """What a memory shows; in host memory, what it showed at one time: a point to count events from."""
+
+    promotions: Tensor  # () int64, so far
+    sources: Tensor  # (layers, slots) int32
+    counts: Tensor  # (layers, 1) int32
+
+    def events_until(self, later: Shown) -> LayerEvents:
+        """Promotions and evictions since; an eviction is a frame that no slot of its layer shows any more."""
+        gone = np.setdiff1d(self._frames(), later._frames())
+        return LayerEvents(int(later.promotions) - int(self.promotions), int(gone.size))
+
+    def _frames(self) -> np.ndarray:
         """Sorted (layer, source frame) pairs as single integers."""
-        sources = self.tables.stacked.sources.cpu().numpy().astype(np.int64)
-        counts = self.tables.stacked.count.cpu().numpy()
+        sources, counts = self.sources.numpy().astype(np.int64), self.counts.numpy()
         used = (sources >= 0) & (np.arange(sources.shape[1]) < counts)
         return np.unique((sources + (np.arange(len(sources))[:, None] << 40))[used])

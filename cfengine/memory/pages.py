@@ -15,17 +15,37 @@ class PagePool:
 
     k, v: (layers, pages, page_tokens, heads, head_dim).  pages = slots + chunk_frames + 1: what the tables can show,
     the pages that the pass in flight writes, and page 0, which stays zero and stands for a slot never written.
+
+    In e4m3 (`PrecisionConfig.pages`) a key is k * k_scale[layer, page, head], and a value likewise; k_scale, v_scale:
+    (layers, pages, heads) float32, else None. Products on fp8 tensor cores want both operands contiguous along the sum,
+    so v is then a view whose tokens lie side by side, padded to a multiple of 32 with zeros.
     """
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         model, memory = config.model, config.memory
         shape = (model.layers, memory.slots + memory.chunk_frames + 1, config.page_tokens, model.heads, model.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        if config.precision.pages != "fp8":
+            self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self.k_scale = self.v_scale = None
+            return
+        layers, pages, tokens, heads, head_dim = shape
+        padded = (layers, pages, heads, head_dim, -(-tokens // 32) * 32)
+        self.k = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=device)
+        self.v = torch.zeros(padded, dtype=torch.float8_e4m3fn, device=device)[..., :tokens].permute(0, 1, 4, 2, 3)
+        self.k_scale, self.v_scale = (torch.ones(layers, pages, heads, device=device) for _ in range(2))
+
+    def scales(self, layer: int) -> dict[str, torch.Tensor]:
+        """Scales of a layer's pages as operations take them: k_scale, v_scale (pages, heads), or nothing."""
+        if self.k_scale is None:
+            return {}
+        return {"k_scale": self.k_scale[layer], "v_scale": self.v_scale[layer]}
 
     @property
     def bytes(self) -> int:
-        return 2 * self.k.numel() * self.k.element_size()
+        parts = [self.k.untyped_storage(), self.v.untyped_storage()]
+        if self.k_scale is not None:
+            parts += [self.k_scale.untyped_storage(), self.v_scale.untyped_storage()]
+        return sum(part.nbytes() for part in parts)
 
 
 class Tables:
@@ -35,23 +55,32 @@ class Tables:
         layers, memory = config.model.layers, config.memory
         frames, slots = memory.chunk_frames, memory.slots
 
-        def integers(width: int, fill: int = 0) -> torch.Tensor:
-            return torch.full((layers, width), fill, dtype=torch.int32, device=device)
+        def integers(width: int) -> torch.Tensor:
+            return torch.empty((layers, width), dtype=torch.int32, device=device)
 
         self.stacked = LayerTable(
             page_ids=integers(slots),
             positions=integers(slots),
-            sources=integers(slots, -1),
+            sources=integers(slots),
             count=integers(1),
             q_positions=integers(frames),
             spare_ids=integers(frames),
             promoted=integers(1),
             seen=integers(1),
-            last_key=torch.zeros(layers, config.model.dim, device=device),
+            last_key=torch.empty(layers, config.model.dim, device=device),
             decision=integers(5),
-            similarity=torch.full((layers, 1), float("nan"), device=device),
+            similarity=torch.empty(layers, 1, device=device),
         )
-        self.stacked.spare_ids.copy_(torch.arange(1, frames + 1, dtype=torch.int32))
         self.ends = integers(1)  # windows: slots written, which LongLive's attended sink may exceed
         self.marked = integers(slots)  # slow_fast_paper: 1 where the page will join slow memory
         self.layers = [LayerTable(*(tensor[layer] for tensor in self.stacked)) for layer in range(layers)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        for tensor in (*self.stacked, self.ends, self.marked):
+            tensor.zero_()
+        self.stacked.sources.fill_(-1)
+        self.stacked.similarity.fill_(float("nan"))
+        frames = self.stacked.spare_ids.shape[1]
+        self.stacked.spare_ids.copy_(torch.arange(1, frames + 1, dtype=torch.int32))

@@ -12,23 +12,27 @@ from typing import NamedTuple, Protocol
 import torch
 
 from cfengine.config import MemoryConfig
+from cfengine.kernels.slow_fast_paper_update.reference import PaperRule
 from cfengine.kernels.slow_fast_update.reference import SlowFastRule
-from cfengine.memory.pages import LayerTable, Tables
+from cfengine.kernels.window_update.reference import WindowRule
+from cfengine.memory.pages import Tables
 from cfengine.ops import Ops
 
-NONE, FILL, ROLL = 0, 1, 2  # what a promotion did, LayerTable.decision[3]
+SCENE_FRAMES = 3  # what Infinity-RoPE keeps across a scene
 
 
 class Pass(NamedTuple):
-    """One forward over a chunk, as the memory sees it."""
+    """One forward over a chunk, as the memory sees it; tensors are (1,) int32 that a captured graph reads anew."""
 
-    start_frame: int  # first latent frame of the chunk, counted from the start of the session
+    start_frame: int | torch.Tensor  # first latent frame of the chunk, counted from the start of the session
     clean: bool = False  # timestep 0: these keys and values stay
-    cut: bool = False  # first chunk after a scene cut (relative_window)
+    cut: bool | torch.Tensor = False  # first chunk after a scene cut (relative_window)
 
 
 class Policy(Protocol):
-    """Interface of every rule."""
+    """Interface of every rule; `op` is the operation that it is."""
+
+    op: str
 
     def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
         """Bring a layer's table up to date with a pass whose keys and values lie in its spare pages.
@@ -38,36 +42,10 @@ class Policy(Protocol):
         ...
 
 
-class _Row:
-    """A layer's table as lists for a rule written in Python; `write` puts the lists back."""
-
-    def __init__(self, table: LayerTable) -> None:
-        self.table = table
-        self.ids: list[int] = table.page_ids.tolist()
-        self.sources: list[int] = table.sources.tolist()
-        self.spare: list[int] = table.spare_ids.tolist()
-        self.end, self.seen = int(table.count), int(table.seen)
-
-    def write(self, positions: list[int], q_positions: list[int], *, action: int = NONE, shifted: bool = False) -> None:
-        frames, slots = len(self.spare), len(self.ids)
-        used = set(self.ids)
-        self.spare = [page for page in range(1, slots + frames + 1) if page not in used][:frames]
-        pairs = (
-            (self.table.page_ids, self.ids),
-            (self.table.positions, positions + [0] * (slots - len(positions))),
-            (self.table.sources, self.sources),
-            (self.table.count, [self.end]),
-            (self.table.q_positions, q_positions),
-            (self.table.spare_ids, self.spare),
-            (self.table.seen, [self.seen]),
-            (self.table.decision, [0, 0, 0, action, int(shifted)]),
-        )
-        for tensor, values in pairs:
-            tensor.copy_(torch.tensor(values, dtype=torch.int32))
-
-
 class SlowFast:
     """The released code's rule (`slow_fast`), and promotion by frame number (`uniform`): see `slow_fast_update`."""
+
+    op = "slow_fast_update"
 
     def __init__(self, config: MemoryConfig, ops: Ops) -> None:
         self._update = ops.slow_fast_update
@@ -89,128 +67,55 @@ class SlowFast:
 
 
 class SlowFastPaper:
-    """The paper's rule (arXiv 2602.06028, section 3.3): clean keys decide, pages are promoted out of fast memory.
+    """The paper's rule: see `slow_fast_paper_update`."""
 
-    After the clean pass of chunks 1, 3, 5, ... the mean clean key is compared with that of the chunk before; below the
-    threshold the chunk's first page is marked. Marked pages that leave fast memory join slow memory, others are
-    dropped; sink, slow and fast stay disjoint, and slots that hold nothing are not attended.
-    """
+    op = "slow_fast_paper_update"
 
     def __init__(self, config: MemoryConfig, ops: Ops) -> None:
-        self.config = config
+        self._update = ops.slow_fast_paper_update
+        self.rule = PaperRule(
+            sink=config.sink,
+            slow=config.slow,
+            fast=config.fast,
+            slots=config.slots,
+            chunk_frames=config.chunk_frames,
+            rope_length=config.rope_length,
+            threshold=config.threshold,
+        )
 
     def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
         """See `Policy.update`; only clean passes compare key_mean."""
-        config, table, marked = self.config, tables.layers[layer], tables.marked[layer]
-        frames, first = config.chunk_frames, step.start_frame
-        row, marks = _Row(table), marked.tolist()
-        slow = int(table.promoted)
-        action, shifted = NONE, False
-        if first + frames > row.seen:
-            pages = list(zip(row.ids[: row.end], row.sources[: row.end], marks[: row.end], strict=True))
-            incoming = [(row.spare[i], first + i, 0) for i in range(frames)]
-            sink_now = min(row.end, config.sink)
-            sink, kept, fast = pages[:sink_now], pages[sink_now : sink_now + slow], pages[sink_now + slow :]
-            room = config.sink - len(sink)
-            sink, fast = sink + incoming[:room], fast + incoming[room:]
-            while len(fast) > config.fast:
-                page, shifted = fast.pop(0), True
-                if page[2] and config.slow:
-                    action = FILL if len(kept) < config.slow else ROLL
-                    kept = (kept + [page])[-config.slow :]
-            slow = len(kept)
-            pages = sink + kept + fast
-            row.end, row.seen = len(pages), first + frames
-            padding = len(row.ids) - row.end
-            row.ids = [page[0] for page in pages] + [0] * padding
-            row.sources = [page[1] for page in pages] + [-1] * padding
-            marks = [page[2] for page in pages] + [0] * padding
-        else:
-            for slot, source in enumerate(row.sources):
-                if source >= first:
-                    row.ids[slot] = row.spare[source - first]
-
-        similarity = float("nan")
-        if step.clean:
-            if (first // frames) % 2 == 1:
-                mean, last = key_mean.double(), table.last_key.double()
-                similarity = float(torch.dot(mean, last) / (mean.norm() * last.norm()).clamp_min(1e-16))
-                if similarity < config.threshold:
-                    marks[row.sources.index(first)] = 1
-            table.last_key.copy_(key_mean)
-        marked.copy_(torch.tensor(marks, dtype=torch.int32))
-        table.promoted.fill_(slow)
-        table.similarity.fill_(similarity)
-
-        anchor = min(first + frames - 1, config.rope_length - 1)
-        sink_now = min(row.end, config.sink)
-        start = max(0, anchor - (row.end - sink_now) + 1)
-        positions = list(range(sink_now)) + [start + i for i in range(row.end - sink_now)]
-        query = max(0, anchor - frames + 1)
-        row.write(positions, [query + i for i in range(frames)], action=action, shifted=shifted)
+        table, marked = tables.layers[layer], tables.marked[layer]
+        self._update(table, marked, key_mean, step.start_frame, self.rule, clean=step.clean)
 
 
 class Window:
-    """A sliding window behind an optional sink, at absolute or at window-relative positions.
+    """A sliding window behind an optional sink (`fifo`, `sink_window`, `relative_window`): see `window_update`."""
 
-    `fifo`: Self-Forcing (`wan/modules/causal_model.py`), no sink, absolute positions.  `sink_window`: LongLive v1.0,
-    the first frames are kept for ever.  `relative_window`: position = slot number, LongLive's infinity file, or with
-    `MemoryConfig.scenes` Infinity-RoPE, whose query sits at the frame number until the window is full.
-    """
+    op = "window_update"
 
     def __init__(self, config: MemoryConfig, ops: Ops) -> None:
-        self.config, self.sink = config, config.kept_sink
-        self.relative = config.policy == "relative_window"
+        self._update = ops.window_update
+        self.rule = WindowRule(
+            sink=config.kept_sink,
+            slots=config.slots,
+            chunk_frames=config.chunk_frames,
+            relative=config.policy == "relative_window",
+            whole_sink=config.policy == "sink_window",
+            scenes=config.scenes,
+        )
 
     def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
         """See `Policy.update`; key_mean is not looked at."""
-        config, sink = self.config, self.sink
-        frames, slots, first = config.chunk_frames, config.slots, step.start_frame
-        row = _Row(tables.layers[layer])
-        end = int(tables.ends[layer])
-        new = first + frames > row.seen
-        overflow = max(0, end + frames - slots) if new else 0
-        moved = end - overflow - sink
-        if overflow and moved > 0:
-            for values in (row.ids, row.sources):
-                values[sink : sink + moved] = values[sink + overflow : sink + overflow + moved]
-        end += first + frames - row.seen - overflow
-        row.seen = first + frames
-        for i in range(frames):
-            slot = end - frames + i
-            # LongLive never lets a later pass rewrite the sink, except in the first chunk
-            if slot < sink and not new and first > 0 and not config.scenes:
-                continue
-            row.ids[slot], row.sources[slot] = row.spare[i], first + i
-
-        # LongLive attends to the whole sink, also to what the first chunk has not filled of it
-        row.end = max(end, sink) if config.policy == "sink_window" else end
-        if not self.relative:
-            positions, query = list(row.sources), first
-        else:
-            in_window = config.scenes and not overflow and first < slots
-            positions = list(range(end))
-            query = first if in_window else slots - frames if config.scenes else end - frames
-        q_positions = [query + i for i in range(frames)]
-        if step.cut:
-            q_positions[-SCENE_FRAMES:] = CUT_POSITIONS
-            positions[end - SCENE_FRAMES : end] = CUT_POSITIONS
-        tables.ends[layer] = end
-        row.write(positions, q_positions, shifted=overflow > 0)
+        self._update(tables.layers[layer], tables.ends[layer], step.start_frame, self.rule, cut=step.cut)
 
     def flush(self, tables: Tables) -> None:
         """Start a new scene (Infinity-RoPE): keep the first frame and the last two slots, forget the rest."""
-        for table in tables.layers:
-            ids, sources = table.page_ids.tolist(), table.sources.tolist()
-            ids[1:SCENE_FRAMES], sources[1:SCENE_FRAMES] = ids[-2:], sources[-2:]
-            table.page_ids.copy_(torch.tensor(ids, dtype=torch.int32))
-            table.sources.copy_(torch.tensor(sources, dtype=torch.int32))
+        for rows in (tables.stacked.page_ids, tables.stacked.sources):
+            rows[:, 1:SCENE_FRAMES] = rows[:, 1 - SCENE_FRAMES :].clone()
         tables.ends.fill_(SCENE_FRAMES)
         tables.stacked.count.fill_(SCENE_FRAMES)
 
-
-SCENE_FRAMES = 3  # what Infinity-RoPE keeps across a scene, and the length of its rotary cut
-CUT_POSITIONS = [45, 46, 47]
 
 _RULES = {
     "slow_fast": SlowFast,

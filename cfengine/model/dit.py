@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfengine.config import ModelConfig
+from cfengine.config import ModelConfig, PrecisionConfig
 from cfengine.errors import ConfigError
-from cfengine.ops import Ops
+from cfengine.ops import Ops, reference
 
 
 class Modulation(NamedTuple):
@@ -34,6 +34,14 @@ class CrossCache(NamedTuple):
 
     k: Tensor
     v: Tensor
+    bias: Tensor
+
+
+class Product(NamedTuple):
+    """A linear layer as it is multiplied: weight (out, in), bias (out,); scale (out,) float32 where weight is e4m3."""
+
+    weight: Tensor
+    scale: Tensor | None
     bias: Tensor
 
 
@@ -86,25 +94,55 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """Store q, k, v weights side by side, so that one product serves all three; the parameters become views."""
+    def prepare(self, fp8: frozenset[str] = frozenset(), fp8_after: bool = False) -> None:
+        """Store q, k, v weights side by side, so that one product serves all three; the parameters become views.
+
+        fp8: products (`config.PRODUCTS`) whose weights are rounded to e4m3, one scale an output channel; their
+        parameters are let go      fp8_after: what follows this block takes its norm in e4m3
+        """
         attention = self.self_attn
         parts = (attention.q, attention.k, attention.v)
         dim = attention.q.weight.shape[0]
         weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
         for i, part in enumerate(parts):
             part.weight.data, part.bias.data = weight[i * dim : (i + 1) * dim], bias[i * dim : (i + 1) * dim]
-        self.qkv_weight, self.qkv_bias = weight, bias
+        cross = self.cross_attn
+        layers = {
+            "self_attn.o": attention.o,
+            "cross_attn.q": cross.q,
+            "cross_attn.o": cross.o,
+            "ffn.0": self.ffn[0],
+            "ffn.2": self.ffn[2],
+        }
+        self.products = {name: Product(layer.weight.data, None, layer.bias.data) for name, layer in layers.items()}
+        self.products["self_attn.qkv"] = Product(weight, None, bias)
+        for name in fp8:
+            wide = self.products[name]
+            self.products[name] = Product(*reference("quantise_rows")(wide.weight), wide.bias)
+            for layer in parts if name == "self_attn.qkv" else (layers[name],):
+                layer.weight.data = layer.weight.data.new_empty(0)
+        self.fp8, self.fp8_after = fp8, fp8_after
         self.norm3_shift, self.norm3_scale = self.norm3.bias.float()[None], self.norm3.weight.float()[None] - 1
 
-    def pre_attention(self, normed: Tensor, *, keys_only: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Project the modulated norm (tokens, dim) to q, k, v (tokens, dim), before norms; q is None for keys_only."""
-        dim = normed.shape[-1]
+    def project(self, ops: Ops, name: str, rows, *, gelu: bool = False, first: int = 0) -> Tensor:
+        """A product of PRODUCTS, from output channel `first`: (tokens, in) or e4m3 rows -> (tokens, out)."""
+        weight, scale, bias = self.products[name]
+        if scale is None:
+            rows = F.gelu(rows, approximate="tanh") if gelu else rows
+            return F.linear(rows, weight[first:], bias[first:])
+        if torch.is_tensor(rows):
+            rows = ops.quantise_rows(rows, gelu=gelu)
+        return ops.linear_fp8(*rows, weight[first:], scale[first:], bias[first:], dtype=bias.dtype)
+
+    def pre_attention(self, ops: Ops, normed, *, keys_only: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Project the modulated norm (tokens, dim) to q, k, v (tokens, dim), before norms; q is None for keys_only.
+
+        normed: e4m3 `Rows` where "self_attn.qkv" is in `fp8`
+        """
+        dim = self.self_attn.norm_k.weight.shape[0]
         if keys_only:
-            k, v = F.linear(normed, self.qkv_weight[dim:], self.qkv_bias[dim:]).split(dim, dim=-1)
-            return None, k, v
-        q, k, v = F.linear(normed, self.qkv_weight, self.qkv_bias).split(dim, dim=-1)
-        return q, k, v
+            return None, *self.project(ops, "self_attn.qkv", normed, first=dim).split(dim, dim=-1)
+        return self.project(ops, "self_attn.qkv", normed).split(dim, dim=-1)
 
     def post_attention(
         self, ops: Ops, x: Tensor, attended: Tensor, modulation: Tensor, cross: CrossCache, after, observe=None
@@ -115,18 +153,24 @@ class Block(nn.Module):
         after: (shift, scale) of the norm of the next block or the head
         """
         _, _, gate, shift, scale, ffn_gate = modulation
-        out = F.linear(attended.flatten(-2), self.self_attn.o.weight, self.self_attn.o.bias)
-        x, normed = ops.gated_residual(x, out, gate, self.norm3_shift, self.norm3_scale, eps=self.eps)
+        out = self.project(ops, "self_attn.o", attended.flatten(-2))
+        x, normed = self._add(ops, x, out, gate, self.norm3_shift, self.norm3_scale, "cross_attn.q" in self.fp8)
         attention = self.cross_attn
-        q = attention.split(attention.norm_q(attention.q(normed)))
-        context = attention.o(ops.cross_attention(q, *cross).flatten(-2))
-        x, normed = ops.gated_residual(x, context, None, shift, scale, eps=self.eps)
-        x, normed = ops.gated_residual(x, self.ffn(normed), ffn_gate, *after, eps=self.eps)
+        q = attention.split(attention.norm_q(self.project(ops, "cross_attn.q", normed)))
+        context = self.project(ops, "cross_attn.o", ops.cross_attention(q, *cross).flatten(-2))
+        x, normed = self._add(ops, x, context, None, shift, scale, "ffn.0" in self.fp8)
+        hidden = self.project(ops, "ffn.0", normed)
+        fed = self.project(ops, "ffn.2", hidden, gelu=True)
+        x, normed = self._add(ops, x, fed, ffn_gate, *after, self.fp8_after)
         if observe:
             observe("self_attn", out)
             observe("cross_attn", context)
             observe("", x)
         return x, normed
+
+    def _add(self, ops: Ops, x: Tensor, y: Tensor, gate, shift: Tensor, scale: Tensor, fp8: bool):
+        """x + y * gate in place, and the norm of the sum, in e4m3 where the product that follows is."""
+        return ops.gated_residual(x, y, gate, shift, scale, eps=self.eps, fp8=fp8)
 
 
 class Head(nn.Module):
@@ -158,11 +202,13 @@ class CausalDiT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def prepare(self) -> CausalDiT:
-        """Freeze the weights and lay them out for inference."""
+    def prepare(self, precision: PrecisionConfig | None = None) -> CausalDiT:
+        """Freeze the weights and lay them out for inference, those that `precision` names in e4m3."""
         self.requires_grad_(False).eval()
-        for block in self.blocks:
-            block.prepare()
+        precision = precision or PrecisionConfig()
+        fp8 = [precision.fp8_products(block) for block in range(len(self.blocks))]
+        for block, now, after in zip(self.blocks, fp8, [*fp8[1:], frozenset()], strict=True):
+            block.prepare(now, "self_attn.qkv" in after)
         return self
 
     def embed(self, latents: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from cfengine.memory.memory import Memory
 from cfengine.memory.policies import Pass
 from cfengine.model.dit import CausalDiT, CrossCache, Modulation
-from cfengine.scheduler.sampler import Schedule, flow_to_x0, renoise
+from cfengine.ranges import span
+from cfengine.scheduler.sampler import Schedule
 from cfengine.segments.torch import TorchSegments
 from cfengine.segments.walk import walk
 
@@ -30,8 +31,9 @@ class ChunkScheduler:
     def _pass(
         self, memory: Memory, x: Tensor, step: Pass, timestep: float, cross, *, full: bool = True, trace=None
     ) -> Tensor | None:
-        flow = walk(self.segments, memory, x, step, self.modulation(timestep), cross, full=full, observe=trace)
-        memory.end_pass()
+        with span(f"{'clean' if step.clean else 'denoise'} pass at {timestep:.1f}"):
+            flow = walk(self.segments, memory, x, step, self.modulation(timestep), cross, full=full, observe=trace)
+            memory.end_pass()
         return flow
 
     @torch.inference_mode()
@@ -39,29 +41,30 @@ class ChunkScheduler:
         self,
         memory: Memory,
         cross: list[CrossCache],
-        start_frame: int,
+        start_frame: int | Tensor,
         noise: Callable[[int], Tensor],
         *,
-        cut: bool = False,
+        cut: bool | Tensor = False,
         observe: Callable[[int, float, Tensor, Tensor], None] | None = None,
         trace=None,
     ) -> Tensor:
         """Noise to x0 in as many passes as the schedule has steps.
 
+        start_frame, cut: plain values, or (1,) int32 on the device
         noise(i): (frames, channels, height, width) float32, i = 0 for the start, then one for each re-noising
         observe(pass, timestep, flow, x0) sees every pass      -> x0 (frames, channels, height, width) float32
         """
-        schedule = self.schedule
+        schedule, ops = self.schedule, self.segments.ops
         step = Pass(start_frame, cut=cut)
         device = memory.device
         x = noise(0).to(device)
         for i, timestep in enumerate(schedule.warped):
             flow = self._pass(memory, x, step, timestep, cross, trace=trace)
-            x0 = flow_to_x0(x, flow, schedule.sigma(timestep))
+            x0 = ops.flow_to_x0(x, flow, schedule.sigma(timestep))
             if observe:
                 observe(i, timestep, flow, x0)
             if i + 1 < len(schedule.warped):
-                x = renoise(x0, noise(i + 1).to(device), schedule.sigma(schedule.warped[i + 1]))
+                x = ops.renoise(x0, noise(i + 1).to(device), schedule.sigma(schedule.warped[i + 1]))
         return x0
 
     @torch.inference_mode()
@@ -69,10 +72,10 @@ class ChunkScheduler:
         self,
         memory: Memory,
         cross: list[CrossCache],
-        start_frame: int,
+        start_frame: int | Tensor,
         x0: Tensor,
         *,
-        cut: bool = False,
+        cut: bool | Tensor = False,
         full: bool = False,
         trace=None,
     ) -> tuple[Tensor, Tensor] | None:
@@ -82,4 +85,6 @@ class ChunkScheduler:
         """
         step, timestep = Pass(start_frame, clean=True, cut=cut), self.schedule.context_timestep
         flow = self._pass(memory, x0, step, timestep, cross, full=full, trace=trace)
-        return None if flow is None else (flow, flow_to_x0(x0, flow, self.schedule.sigma(timestep)))
+        if flow is None:
+            return None
+        return flow, self.segments.ops.flow_to_x0(x0, flow, self.schedule.sigma(timestep))

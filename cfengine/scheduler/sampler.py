@@ -1,4 +1,4 @@
-"""Few-step flow matching: schedule, x0 prediction, re-noising, and noise that depends on where it is used.
+"""Few-step flow matching: the schedule, and noise that depends on where it is used.
 
 The schedule has 1,000 entries, sigma_i = shift u / (1 + (shift - 1) u) with u = 1 - i / 1000, in float32; steps count
 from its noisy end (Self-Forcing, `utils/scheduler.py` and `pipeline/causal_inference.py`).
@@ -33,30 +33,26 @@ class Schedule:
         self.timesteps = self.sigmas * LENGTH
         self.warped = [float(self.timesteps[LENGTH - step]) if config.warp else float(step) for step in config.steps]
         self.context_timestep = config.context_timestep
+        self._levels: dict[float, float] = {}
 
     def sigma(self, timestep: float) -> float:
         """Noise level of the nearest timestep."""
-        return float(self.sigmas[(self.timesteps - timestep).abs().argmin()])
+        if timestep not in self._levels:
+            self._levels[timestep] = float(self.sigmas[(self.timesteps - timestep).abs().argmin()])
+        return self._levels[timestep]
 
 
-def flow_to_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """x0 = x - sigma * flow, computed in float64, in x's type."""
-    return (x.double() - sigma * flow.double()).to(x.dtype)
-
-
-def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """(1 - sigma) x0 + sigma noise"""
-    return (1 - sigma) * x0 + sigma * noise
-
-
-def counter_noise(seed: int, frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise as a function of (seed, latent frame, step) alone; float32.
+def counter_noise(seed: int, frame: int, step: int, shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+    """Standard normal noise as a function of (seed, latent frame, step) alone; float32, into `out` where given.
 
     Philox (Salmon et al., SC 2011) keyed by the seed, counted from (frame, step): what was streamed before does not
-    matter, and two sessions with the same seed see the same noise.
+    matter, and two sessions with the same seed see the same noise, on every device.
     """
     generator = np.random.Generator(np.random.Philox(key=int(seed), counter=[0, 0, frame, step]))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32)
+    generator.standard_normal(shape, dtype=np.float32, out=out.numpy())
+    return out
 
 
 def chunk_noise(seed: int, first_frame: int, frames: int, step: int, shape: tuple[int, ...]) -> Tensor:

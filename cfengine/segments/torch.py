@@ -31,8 +31,9 @@ class TorchSegments:
         if observe:
             observe("patch_embedding", x)
         shift, scale = modulation.blocks[0][:2]
-        normed = self.ops.modulated_norm(x, shift, scale, eps=self.model.config.eps)
-        return x, self.model.blocks[0].pre_attention(normed, keys_only=keys_only)
+        block = self.model.blocks[0]
+        normed = self.ops.modulated_norm(x, shift, scale, eps=block.eps, fp8="self_attn.qkv" in block.fp8)
+        return x, block.pre_attention(self.ops, normed, keys_only=keys_only)
 
     def middle(
         self,
@@ -50,7 +51,7 @@ class TorchSegments:
         x, normed = self.model.blocks[layer].post_attention(
             self.ops, x, attended, modulation.blocks[layer], cross, after, _inside(observe, layer)
         )
-        return x, self.model.blocks[layer + 1].pre_attention(normed, keys_only=keys_only)
+        return x, self.model.blocks[layer + 1].pre_attention(self.ops, normed, keys_only=keys_only)
 
     def last(self, x: Tensor, attended: Tensor, modulation: Modulation, cross: CrossCache, *, observe=None) -> Tensor:
         """Second half of the last block, and the head: flow (frames, channels, height, width)."""

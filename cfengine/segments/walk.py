@@ -7,6 +7,7 @@ from torch import Tensor
 from cfengine.memory.memory import Memory
 from cfengine.memory.policies import Pass
 from cfengine.model.dit import CrossCache, Modulation
+from cfengine.ranges import span
 from cfengine.segments.torch import TorchSegments
 
 
@@ -29,13 +30,14 @@ def walk(
     final = segments.layers - 1
     x, qkv = segments.first(latents, modulation, keys_only=not full and final == 0, observe=observe)
     for layer in range(segments.layers):
-        attended = memory.attend(layer, *qkv, segments.norms(layer), step)
-        if observe:
-            observe(f"layer{layer}.attended", attended)
-        if attended is None:
-            return None
-        if layer == final:
-            return segments.last(x, attended, modulation, cross[layer], observe=observe)
-        keys_only = not full and layer + 1 == final
-        x, qkv = segments.middle(layer, x, attended, modulation, cross[layer], keys_only=keys_only, observe=observe)
+        with span(f"layer {layer}"):
+            attended = memory.attend(layer, *qkv, segments.norms(layer), step)
+            if observe:
+                observe(f"layer{layer}.attended", attended)
+            if attended is None:
+                return None
+            if layer == final:
+                return segments.last(x, attended, modulation, cross[layer], observe=observe)
+            keys_only = not full and layer + 1 == final
+            x, qkv = segments.middle(layer, x, attended, modulation, cross[layer], keys_only=keys_only, observe=observe)
     return None

@@ -118,7 +118,7 @@ def raw_keys(memory: Memory, layer: int) -> Tensor:
     ids = memory.tables.layers[layer].page_ids.long()
     pages = memory.pool.k[layer, ids]
     head_dim = pages.shape[-1]
-    table = spatial_table(*memory.grid, head_dim, memory.theta)
+    table = spatial_table(*memory.grid, head_dim, memory.theta).to(pages.device)
     angle = -torch.atan2(table[..., 1].double(), table[..., 0].double())[:, None]
     return rotate(pages, angle, axis_pairs(head_dim)[0]).flatten(0, 1)
 
@@ -133,7 +133,8 @@ def replay_memory(trace: Trace, ops: Ops) -> Report:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise TraceError(f"{trace.path}: weights do not fit: {error}") from error
-    memory = Memory(config, ops, torch.float32)
+    module.to(trace.device)
+    memory = Memory(config, ops, torch.float32, trace.device)
     norms = (module.norm_q.weight, module.norm_k.weight)
     inputs, steps = trace.tensor("x"), trace.value("steps")
     if len(steps) != len(inputs):
@@ -177,11 +178,11 @@ class _DitReplay:
             self.model.load_state_dict(state)
         except RuntimeError as error:
             raise TraceError(f"{trace.path}: weights do not fit: {error}") from error
-        self.model.prepare()
+        self.model.to(trace.device).prepare()
         segments = TorchSegments(self.model, ops, config.grid)
         schedule = Schedule(config.sampler)
         self.scheduler = ChunkScheduler(self.model, segments, schedule)
-        self.memory = Memory(config, ops, torch.float32)
+        self.memory = Memory(config, ops, torch.float32, trace.device)
         self.passes = len(schedule.warped) + 1
         if "warped_steps" in trace.meta:
             self.report.tensor("warped_steps", torch.tensor(schedule.warped), torch.tensor(trace.meta["warped_steps"]))
@@ -299,9 +300,9 @@ def replay_dit(trace: Trace, ops: Ops) -> Report:
     return _DitReplay(trace, ops).run()
 
 
-def replay(path: Path, ops: Ops) -> Report:
-    """Replay the trace at `path`; TraceError where the file is missing or malformed."""
-    trace = load_trace(path)
+def replay(path: Path, ops: Ops, device: str = "cpu") -> Report:
+    """Replay the trace at `path` on a device; TraceError where the file is missing or malformed."""
+    trace = load_trace(path).to(device)
     try:
         report = (replay_memory if trace.meta["kind"] == "memory" else replay_dit)(trace, ops)
         given = ("model.", "self_attn.", "in.")
@@ -326,6 +327,18 @@ def expand(arguments: list[str]) -> list[Path]:
     return paths
 
 
+def replay_device(impl: str | None) -> str:
+    """Where an implementation runs: Triton's also on the CPU, in its interpreter. TraceError without a GPU."""
+    if impl not in ("triton", "cuda"):
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if impl == "triton" and triton_interpreted():
+        return "cpu"
+    remedy = "set TRITON_INTERPRET=1 to run it on the CPU" if impl == "triton" else "choose cpu or reference"
+    raise TraceError(f"implementation {impl!r} needs a GPU and torch finds none; {remedy}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cfengine.testing.replay", description="Replay golden traces.")
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_DIR")
@@ -335,19 +348,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     write = sys.stdout.write
     try:
+        place = replay_device(options.impl)
         device = "cuda" if options.impl in ("triton", "cuda") else "cpu"
         ops = select(device, prefer=options.impl)
         if options.impl and options.impl not in ops.names.values():
             raise TraceError(f"no operation has an implementation {options.impl!r} on {device} in this build")
-        if options.impl == "triton" and not triton_interpreted():
-            raise TraceError(
-                "replay keeps its tensors on the CPU, where Triton's kernels run only in its interpreter; "
-                "set TRITON_INTERPRET=1"
-            )
         write("operations: " + ", ".join(f"{op}={name}" for op, name in ops.names.items()) + "\n")
         worst, worst_where, tensors, failures, paths = 0.0, "-", 0, 0, expand(options.paths)
         for path in paths:
-            report = replay(path, ops)
+            report = replay(path, ops, place)
             for name, error in report.errors.items():
                 mark = "" if error <= TOLERANCE else "  <-- beyond tolerance"
                 write(f"{path.name}  {name:32s} {error:.2e}{mark}\n")

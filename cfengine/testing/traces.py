@@ -8,7 +8,7 @@ file) and Infinity-RoPE (ir).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ class Trace:
     path: Path
     meta: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def to(self, device: str) -> Trace:
+        """The same trace with its tensors on a device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self.tensors:

@@ -7,13 +7,14 @@ import torch
 from cfengine import _C
 from cfengine.errors import KernelError
 
-from ..operands import FLOATS, check_divides, check_size, check_tensor, float_rows
+from ..operands import FLOATS, check_divides, check_size, check_tensor, float_rows, refuse_fp8
 
 OP = "gated_residual"
 
 
-def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6):
+def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6, fp8: bool = False):
     """See `reference.gated_residual`. float32 or bfloat16, rows may be strided; x is updated in place."""
+    refuse_fp8(OP, fp8)
     check_tensor(OP, "x", x, 2, FLOATS)
     check_tensor(OP, "y", y, 2, (x.dtype,))
     tokens, dim = x.shape

@@ -5,22 +5,22 @@ One program a row: x and y are read once, x and its norm written once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from cfengine.errors import KernelError
 
-from ..modulated_norm.triton import check_rows, normed, warps
+from ..modulated_norm.triton import check_rows, empty_normed, norm_pointers, normed, warps
 from ..operands import GPU_FLOATS, check_divides, check_size, check_tensor
+from ..quantise_rows.triton import converts, store_row
 
 OP = "gated_residual"
 
 
 @triton.jit
 def _rows(
-    x, y, gate, shift, scale, out, x_row, y_row, gate_row, shift_row, scale_row, out_row, gate_tokens, norm_tokens,
-    dim, eps, GATE: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+    x, y, gate, shift, scale, out, sizes, x_row, y_row, gate_row, shift_row, scale_row, gate_tokens, norm_tokens,
+    dim, eps, GATE: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, HARDWARE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     far = row.to(tl.int64)
@@ -38,10 +38,13 @@ def _rows(
         add = tl.load(shift + frame * shift_row + channel, mask=inside, other=0.0).to(tl.float32)
         times = tl.load(scale + frame * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
         result = normed(new.to(tl.float32), add, times, inside, dim, eps)
-        tl.store(out + far * out_row + channel, result.to(old.dtype), mask=inside)
+        if FP8:
+            store_row(result, inside, out + far * dim, channel, sizes + row, HARDWARE)
+        else:
+            tl.store(out + far * dim + channel, result.to(old.dtype), mask=inside)
 
 
-def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6):
+def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6, fp8: bool = False):
     """See `reference.gated_residual`. float32, bfloat16 or float16; rows may be strided."""
     device = x.device.type
     check_tensor(OP, "x", x, 2, GPU_FLOATS, device)
@@ -58,14 +61,14 @@ def gated_residual(x, y, gate=None, shift=None, scale=None, *, eps: float = 1e-6
     out = None
     if shift is not None:
         check_rows(OP, x, shift, scale)
-        out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
+        out = empty_normed(x, fp8)
     gates = x if gate is None else gate  # an unread pointer where there is no gate or norm
     adds, factors = (x, x) if shift is None else (shift, scale)
-    norms = x if out is None else out
+    norms, sizes = (x, x) if out is None else norm_pointers(out, fp8)
     width = triton.next_power_of_2(dim)
     _rows[(tokens,)](
-        x, y, gates, adds, factors, norms, x.stride(0), y.stride(0), gates.stride(0), adds.stride(0),
-        factors.stride(0), norms.stride(0), tokens // gates.shape[0], tokens // adds.shape[0], dim, eps,
-        GATE=gate is not None, NORM=shift is not None, WIDTH=width, num_warps=warps(width),
+        x, y, gates, adds, factors, norms, sizes, x.stride(0), y.stride(0), gates.stride(0), adds.stride(0),
+        factors.stride(0), tokens // gates.shape[0], tokens // adds.shape[0], dim, eps, GATE=gate is not None,
+        NORM=shift is not None, FP8=fp8, HARDWARE=converts(x.device), WIDTH=width, num_warps=warps(width),
     )  # fmt: skip
     return x, out

@@ -6,13 +6,14 @@ import torch
 
 from cfengine import _C
 
-from ..operands import FLOATS, check_divides, check_size, check_tensor, float_rows
+from ..operands import FLOATS, check_divides, check_size, check_tensor, float_rows, refuse_fp8
 
 OP = "modulated_norm"
 
 
-def modulated_norm(x, shift, scale, *, eps: float = 1e-6):
+def modulated_norm(x, shift, scale, *, eps: float = 1e-6, fp8: bool = False):
     """See `reference.modulated_norm`. float32 or bfloat16, rows of x may be strided."""
+    refuse_fp8(OP, fp8)
     check_tensor(OP, "x", x, 2, FLOATS)
     tokens, dim = x.shape
     shift, scale = float_rows(OP, "shift", shift, dim), float_rows(OP, "scale", scale, dim)

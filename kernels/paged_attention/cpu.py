@@ -6,12 +6,16 @@ import torch
 
 from cfengine import _C
 
-from ..operands import FLOATS
+from ..operands import FLOATS, refuse_fp8
 from .operands import check_attention
 
 
-def paged_attention(q, k_pages, v_pages, page_ids, positions, count, q_positions, *, theta: float = 10000.0):
+def paged_attention(
+    q, k_pages, v_pages, page_ids, positions, count, q_positions, *, theta: float = 10000.0, k_scale=None, v_scale=None,
+    wide: bool = False,
+):  # fmt: skip
     """See `reference.paged_attention`. float32 or bfloat16; in bfloat16 the softmax weights are rounded too."""
+    refuse_fp8("paged_attention", k_scale is not None or v_scale is not None)
     table = (page_ids, positions, count, q_positions)
     check_attention(q, k_pages, v_pages, *table, dtypes=FLOATS)
     tokens, heads, head_dim = q.shape

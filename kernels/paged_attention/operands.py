@@ -7,15 +7,30 @@ import torch
 from ..operands import check_divides, check_size, check_tensor
 
 OP = "paged_attention"
+E4M3 = torch.float8_e4m3fn
 
 
 def check_attention(
-    q, k_pages, v_pages, page_ids, positions, count, q_positions, *, dtypes, device: str = "cpu"
-) -> None:
-    """Raise KernelError unless shapes and types are those of `reference.paged_attention`; q's type is in `dtypes`."""
+    q, k_pages, v_pages, page_ids, positions, count, q_positions, *, dtypes, device: str = "cpu", k_scale=None,
+    v_scale=None,
+) -> None:  # fmt: skip
+    """Raise KernelError unless shapes and types are those of `reference.paged_attention`; q's type is in `dtypes`.
+
+    With k_scale and v_scale, (pages, heads) float32, pages are e4m3 and tokens of v_pages are adjacent, not channels.
+    """
     check_tensor(OP, "q", q, 3, dtypes, device)
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        check_tensor(OP, name, pages, 4, (q.dtype,), device)
+    narrow = k_scale is not None or v_scale is not None
+    page_types = (E4M3,) if narrow else (q.dtype,)
+    check_tensor(OP, "k_pages", k_pages, 4, page_types, device)
+    if narrow:
+        check_tensor(OP, "v_pages", v_pages.transpose(1, 3), 4, page_types, device)
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            check_tensor(OP, name, scale, 2, (torch.float32,), device)
+            check_size(OP, f"pages of {name}", scale.shape[0], k_pages.shape[0], "pages of k_pages")
+            check_size(OP, f"heads of {name}", scale.shape[1], q.shape[1], "heads of q")
+            check_size(OP, f"stride of pages in {name}", scale.stride(0), scale.shape[1], "its number of heads")
+    else:
+        check_tensor(OP, "v_pages", v_pages, 4, page_types, device)
     table = {"page_ids": page_ids, "positions": positions, "count": count, "q_positions": q_positions}
     for name, part in table.items():
         check_tensor(OP, name, part, 1, (torch.int32,), device)

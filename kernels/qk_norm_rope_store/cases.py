@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..paged_attention.cases import narrow
+
 
 class Shape(NamedTuple):
     grid: tuple[int, int]
@@ -39,3 +41,13 @@ def make(shape: Shape, dtype: torch.dtype, seed: int = 0):
     k_pages, v_pages = torch.zeros(2, pool, rows * columns, heads, head_dim, dtype=dtype)
     page_ids = torch.randperm(pool, generator=generator)[:frames].int()
     return q, k + 0.5, v, norm_q, norm_k, k_pages, v_pages, page_ids, (rows, columns)
+
+
+def make_narrow(shape: Shape, dtype: torch.dtype, seed: int = 0):
+    """Return the operands of `make`, the same with zero pages in e4m3, and the scales of those by name."""
+    operands = make(shape, dtype, seed)
+    pages = [page.float().clone() for page in operands[5:7]]
+    k_pages, v_pages, scales = narrow(*pages)
+    for scale in scales.values():
+        scale.fill_(1)
+    return operands, (*operands[:5], k_pages, v_pages, *operands[7:]), scales

@@ -8,7 +8,7 @@ import torch
 
 from cfengine import _C
 
-from ..operands import FLOATS, check_divides, check_size, check_tensor, float_vector
+from ..operands import FLOATS, check_divides, check_size, check_tensor, float_vector, refuse_fp8
 from ..rope import axis_pairs, spatial_table
 
 OP = "qk_norm_rope_store"
@@ -26,9 +26,11 @@ def turn_table(rows: int, columns: int, head_dim: int, theta: float) -> torch.Te
 
 
 def qk_norm_rope_store(
-    q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0
-):
+    q, k, v, norm_q, norm_k, k_pages, v_pages, page_ids, grid, *, eps: float = 1e-6, theta: float = 10000.0,
+    k_scale=None, v_scale=None,
+):  # fmt: skip
     """See `reference.qk_norm_rope_store`. float32 or bfloat16, one type for all of q, k, v and the pages."""
+    refuse_fp8(OP, k_scale is not None or v_scale is not None)
     check_tensor(OP, "k", k, 2, FLOATS)
     check_tensor(OP, "v", v, 2, (k.dtype,))
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):

@@ -39,7 +39,7 @@ class SlowFastTable(NamedTuple):
     similarity: torch.Tensor  # (1,) float32, NaN when not computed
 
 
-def slow_fast_update(table: SlowFastTable, key_mean, start_frame: int, rule: SlowFastRule) -> None:
+def slow_fast_update(table: SlowFastTable, key_mean, start_frame, rule: SlowFastRule) -> None:
     """Bring the table up to date with a pass whose keys and values were just written to `spare_ids`.
 
     Follows `wan/modules/causal_model.py` of TIGER-AI-Lab/Context-Forcing (f44bac69), moving page ids where it copies
@@ -48,8 +48,10 @@ def slow_fast_update(table: SlowFastTable, key_mean, start_frame: int, rule: Slo
     shifts once per chunk when full. Since every pass writes pages that no slot shows, a promoted frame is simply the
     same id in two slots. Positions follow the bounded rule: the query ends at min(last frame, rope_length - 1).
 
-    key_mean: (dim,) float32      start_frame: first latent frame of the chunk      table: updated in place
+    key_mean: (dim,) float32      start_frame: first latent frame of the chunk, an int or (1,) int32
+    table: updated in place
     """
+    start_frame = int(start_frame)
     sink, slow, fast, slots, frames, keep, rope_length, threshold, interval = rule
     ids, sources = table.page_ids.tolist(), table.sources.tolist()
     spare = table.spare_ids.tolist()

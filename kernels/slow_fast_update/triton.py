@@ -6,12 +6,46 @@ then the chunk), so nothing depends on the order of writes but one barrier betwe
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..operands import on_device
 from .operands import check_table
 from .reference import SlowFastRule, SlowFastTable
+
+
+@triton.jit
+def cosine(key_mean, last_key, dim, WIDTH: tl.constexpr):
+    """Cosine of two vectors of `dim` numbers, summed in float64, as float32."""
+    product = tl.zeros((WIDTH,), tl.float64)
+    ours, theirs = tl.zeros((WIDTH,), tl.float64), tl.zeros((WIDTH,), tl.float64)
+    for first in range(0, dim, WIDTH):
+        channel = first + tl.arange(0, WIDTH)
+        mean = tl.load(key_mean + channel, mask=channel < dim, other=0.0).to(tl.float64)
+        last = tl.load(last_key + channel, mask=channel < dim, other=0.0).to(tl.float64)
+        product += mean * last
+        ours += mean * mean
+        theirs += last * last
+    length = tl.sqrt(tl.sum(ours, 0)) * tl.sqrt(tl.sum(theirs, 0))
+    return (tl.sum(product, 0) / tl.maximum(length, 1e-16)).to(tl.float32)
+
+
+@triton.jit
+def remember(last_key, key_mean, dim, WIDTH: tl.constexpr):
+    """last_key = key_mean"""
+    for first in range(0, dim, WIDTH):
+        channel = first + tl.arange(0, WIDTH)
+        tl.store(last_key + channel, tl.load(key_mean + channel, mask=channel < dim), mask=channel < dim)
+
+
+@triton.jit
+def write_spares(spare_ids, ids, SLOTS: tl.constexpr, FRAMES: tl.constexpr, POOL: tl.constexpr):
+    """spare_ids = the first FRAMES pages of 1 .. SLOTS + FRAMES that no entry of `ids` names."""
+    page = tl.arange(0, POOL)
+    used = tl.sum((page[:, None] == ids[None, :]).to(tl.int32), 1) > 0
+    free = (page >= 1) & (page <= SLOTS + FRAMES) & (used == 0)
+    rank = tl.cumsum(free.to(tl.int32), 0) - 1
+    tl.store(spare_ids + rank, page, mask=free & (rank < FRAMES))
 
 
 @triton.jit
@@ -25,23 +59,13 @@ def _update(
     start = tl.load(start_at)
     end, promoted, seen = tl.load(count), tl.load(promoted_at), tl.load(seen_at)
 
-    product = tl.zeros((WIDTH,), tl.float64)
-    ours, theirs = tl.zeros((WIDTH,), tl.float64), tl.zeros((WIDTH,), tl.float64)
-    for first in range(0, dim, WIDTH):
-        channel = first + tl.arange(0, WIDTH)
-        mean = tl.load(key_mean + channel, mask=channel < dim, other=0.0).to(tl.float64)
-        last = tl.load(last_key + channel, mask=channel < dim, other=0.0).to(tl.float64)
-        product += mean * last
-        ours += mean * mean
-        theirs += last * last
-    length = tl.sqrt(tl.sum(ours, 0)) * tl.sqrt(tl.sum(theirs, 0))
-    cosine = (tl.sum(product, 0) / tl.maximum(length, 1e-16)).to(tl.float32)
+    likeness = cosine(key_mean, last_key, dim, WIDTH)
     if INTERVAL > 0:
         keyframe = (start >= FAST) & (start % INTERVAL == 0)
         similarity = float("nan")
     else:
-        keyframe = (start >= FAST) & (cosine < threshold)
-        similarity = tl.where(start >= FAST, cosine, float("nan"))
+        keyframe = (start >= FAST) & (likeness < threshold)
+        similarity = tl.where(start >= FAST, likeness, float("nan"))
 
     newest = tl.load(sources + tl.maximum(SINK + promoted - 1, 0))
     already = (promoted > 0) & (newest == start)
@@ -71,10 +95,6 @@ def _update(
     ids = tl.where(new, tl.load(spare_ids + place, mask=new, other=-1), ids)
     held = tl.where(new, start + place, held)
 
-    page = tl.arange(0, POOL)
-    used = tl.sum((page[:, None] == ids[None, :]).to(tl.int32), 1) > 0
-    free = (page >= 1) & (page <= SLOTS + FRAMES) & (used == 0)
-    rank = tl.cumsum(free.to(tl.int32), 0) - 1
     anchor = tl.minimum(start + FRAMES - 1, ROPE - 1)
     rest = tl.maximum(0, anchor - (end - SINK) + 1)
     query = tl.maximum(0, anchor - FRAMES + 1)
@@ -84,10 +104,8 @@ def _update(
     tl.store(sources + slot, held, mask=inside)
     tl.store(positions + slot, tl.where(slot < SINK, slot, rest + slot - SINK), mask=inside)
     tl.store(q_positions + slot, query + slot, mask=slot < FRAMES)
-    tl.store(spare_ids + rank, page, mask=free & (rank < FRAMES))
-    for first in range(0, dim, WIDTH):
-        channel = first + tl.arange(0, WIDTH)
-        tl.store(last_key + channel, tl.load(key_mean + channel, mask=channel < dim), mask=channel < dim)
+    write_spares(spare_ids, ids, SLOTS, FRAMES, POOL)
+    remember(last_key, key_mean, dim, WIDTH)
     tl.store(count, end)
     tl.store(promoted_at, promoted)
     tl.store(seen_at, start + FRAMES)
@@ -106,11 +124,10 @@ def slow_fast_update(table: SlowFastTable, key_mean, start_frame, rule: SlowFast
     """
     check_table(table, key_mean, rule, key_mean.device.type)
     dim = key_mean.shape[0]
-    if not torch.is_tensor(start_frame):
-        start_frame = torch.tensor([start_frame], dtype=torch.int32, device=key_mean.device)
     _update[(1,)](
-        *table, key_mean, start_frame, dim, rule.threshold, SINK=rule.sink, SLOW=rule.slow, FAST=rule.fast,
-        SLOTS=rule.slots, FRAMES=rule.chunk_frames, KEEP=rule.keep, ROPE=rule.rope_length, INTERVAL=rule.interval,
-        WIDTH=min(1024, triton.next_power_of_2(dim)), TABLE=triton.next_power_of_2(rule.slots),
-        POOL=triton.next_power_of_2(rule.slots + rule.chunk_frames + 1), num_warps=4,
+        *table, key_mean, on_device(start_frame, key_mean.device), dim, rule.threshold, SINK=rule.sink,
+        SLOW=rule.slow, FAST=rule.fast, SLOTS=rule.slots, FRAMES=rule.chunk_frames, KEEP=rule.keep,
+        ROPE=rule.rope_length, INTERVAL=rule.interval, WIDTH=min(1024, triton.next_power_of_2(dim)),
+        TABLE=triton.next_power_of_2(rule.slots), POOL=triton.next_power_of_2(rule.slots + rule.chunk_frames + 1),
+        num_warps=4,
     )  # fmt: skip

@@ -117,7 +117,7 @@ def test_quick_run_writes_records(tmp_path, capsys):
         "attention_share_of_gemm_bf16",
     }
     for record in records.values():
-        assert set(record) == {"name", "value", "unit", "baseline", "ratio", "config", "device", "commit"}
+        assert set(record) == {"name", "value", "unit", "baseline", "ratio", "config", "device", "commit", "software"}
         assert record["value"] > 0 and record["ratio"] > 0
         assert record["config"]["page_tokens"] == 12 and record["config"]["slots"] == 21
     assert 0 < records["engine_vs_baseline_chunk_bf16"]["config"]["errors"]["bfloat16_rms"] < cpu.BFLOAT16_LIMIT

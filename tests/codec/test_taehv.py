@@ -130,8 +130,8 @@ def test_two_streams_do_not_meet(codec, latents):
 def test_memory_holds_one_frame_a_block(codec, latents):
     decoder = codec.decoder()
     decoder.decode(latents)
-    assert {tensor.shape[0] for tensor in decoder._memory.values()} == {1} and len(decoder._memory) == 9
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in decoder._memory.values())
+    assert {tensor.shape[0] for tensor in decoder.state.values()} == {1} and len(decoder.state) == 9
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in decoder.state.values())
 
 
 @pytest.mark.parametrize("name", ["taew2_1.pth", "taew2_1.safetensors", "safetensors/taew2_1.safetensors"])

@@ -93,9 +93,9 @@ def test_two_streams_do_not_meet(codec, latents):
 def test_memory_of_a_stream_stops_growing(codec, latents):
     decoder = codec.decoder()
     decoder.decode(latents[:3])
-    held = [part.shape for part in decoder._features if isinstance(part, torch.Tensor)]
+    held = [part.shape for part in decoder.state.values() if isinstance(part, torch.Tensor)]
     decoder.decode(latents)
-    assert [part.shape for part in decoder._features if isinstance(part, torch.Tensor)] == held
+    assert [part.shape for part in decoder.state.values() if isinstance(part, torch.Tensor)] == held
     assert held and all(shape[2] <= 2 for shape in held)
 
 

@@ -21,16 +21,19 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from cfengine.kernels.paged_attention import triton as attention
 
-capability, kind, head = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-m, n, warps = attention.tiles(head, False)
-constants = dict(HEAD=head, WIDTH=head, M=m, N=n, REST=32, PRECISION="tf32")
-pointers = {name: "*" + kind for name in ("q", "k_pages", "v_pages", "out")}
+capability, head, mode = (int(argument) for argument in sys.argv[1:])
+m, n, warps = attention.tiles(head, False, mode)
+constants = dict(HEAD=head, WIDTH=head, M=m, N=n, REST=32, MODE=mode, HARDWARE=capability >= 89, PRECISION="tf32")
+constants["v_token" if mode else "v_channel"] = 1  # a stride of one is compiled in
+pages, scales = ("*bf16", "*u8", "*fp8e4nv")[mode], "*fp32" if mode else "*i32"
+pointers = {"q": "*bf16", "out": "*bf16", "k_pages": pages, "v_pages": pages, "k_scale": scales, "v_scale": scales}
 pointers |= {"page_ids": "*i32", "count": "*i32", "turns": "*fp32", "scale": "fp32"}
 names = attention._attend.arg_names
 signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
 # what a launch finds out by itself: addresses and strides are multiples of 16
 aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-           if name in pointers and name != "scale" or "_" in name and name not in ("page_tokens", *pointers)}
+           if name not in constants
+           and (name in pointers and name != "scale" or "_" in name and name not in ("page_tokens", *pointers))}
 source = ASTSource(attention._attend, signature, constants, aligned)
 built = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": 2})
 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -47,24 +50,28 @@ print(json.dumps({"spills": spills, "products": products, "shared": built.metada
 """
 
 
-SPILLS = pytest.mark.xfail(reason="16 bytes spilled on 8.0, 48 on 12.0", strict=True, raises=AssertionError)
+# Where a page begins, not in the loop over its keys: narrower tiles of keys spill no less.
+SPILLS = pytest.mark.xfail(reason="16 to 24 bytes spilled on 8.0, 48 on 12.0", strict=True, raises=AssertionError)
+SAME, HALF, FP8 = range(3)  # pages as q, e4m3 as float16, e4m3 as it is
 
 
 @pytest.mark.parametrize(
-    ("capability", "head"),
+    ("capability", "head", "mode"),
     [
-        (80, 64),
-        (90, 64),
-        (120, 64),
-        pytest.param(80, 128, marks=SPILLS),
-        (90, 128),
-        pytest.param(120, 128, marks=SPILLS),
+        (80, 64, SAME),
+        (90, 64, SAME),
+        (120, 64, SAME),
+        pytest.param(80, 128, SAME, marks=SPILLS),
+        (90, 128, SAME),
+        pytest.param(120, 128, SAME, marks=SPILLS),
+        pytest.param(80, 128, HALF, marks=SPILLS),
+        (90, 128, FP8),
     ],
 )
-def test_attention_compiles_without_spills(capability: int, head: int) -> None:
+def test_attention_compiles_without_spills(capability: int, head: int, mode: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(capability), "bf16", str(head)],
+        [sys.executable, "-c", PROGRAM, str(capability), str(head), str(mode)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cfengine.config import POLICIES, EngineConfig, MemoryConfig, ModelConfig, VideoConfig, with_policy
 from cfengine.errors import ConfigError
+from cfengine.kernels.rows import FILL, NONE, ROLL
 from cfengine.memory.pages import Tables
-from cfengine.memory.policies import FILL, NONE, ROLL, Pass, make_policy
+from cfengine.memory.policies import Pass, make_policy
 from cfengine.ops import select
 
 pytestmark = pytest.mark.cpu

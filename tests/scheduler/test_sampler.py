@@ -11,7 +11,9 @@ import torch
 
 from cfengine.config import SamplerConfig
 from cfengine.errors import ConfigError, PromptError
-from cfengine.scheduler.sampler import Schedule, chunk_noise, counter_noise, flow_to_x0, renoise
+from cfengine.kernels.flow_to_x0.reference import flow_to_x0
+from cfengine.kernels.renoise.reference import renoise
+from cfengine.scheduler.sampler import Schedule, chunk_noise, counter_noise
 from cfengine.scheduler.scenes import Scene, parse_scenes
 
 pytestmark = pytest.mark.cpu

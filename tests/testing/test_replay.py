@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfengine import ops
+from cfengine.kernels.rows import FILL
 from cfengine.memory import policies
 from cfengine.testing import replay
 
@@ -78,7 +79,7 @@ def last_frame_promoted(right, policy, tables, layer, key_mean, step):
     right(policy, tables, layer, key_mean, step)
     action = int(table.decision[3])
     if action:
-        slot = rule.sink + int(table.promoted) - 1 if action == policies.FILL else rule.slots - rule.fast - 1
+        slot = rule.sink + int(table.promoted) - 1 if action == FILL else rule.slots - rule.fast - 1
         table.page_ids[slot] = written[-1]
 
 
@@ -174,8 +175,7 @@ def test_triton_without_its_interpreter_is_an_error(monkeypatch, capsys):
 @pytest.mark.slow
 def test_triton_replays_a_trace_in_its_interpreter():
     pytest.importorskip("triton", reason="pip install triton")
-    if torch.cuda.is_available():
-        pytest.skip("the kernels are compiled for the GPU here; replay moves no trace to it yet")
-    report = replay.replay(DATA / "dit_cf_roll.safetensors", ops.select("cuda", prefer="triton"))
+    where = replay.replay_device("triton")
+    report = replay.replay(DATA / "dit_cf_roll.safetensors", ops.select("cuda", prefer="triton"), where)
     assert not report.mismatches, report.mismatches[:5]
     assert report.worst[0] <= replay.TOLERANCE, report.worst

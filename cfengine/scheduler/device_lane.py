@@ -1,0 +1,226 @@
+"""The lane on a GPU: graphs replayed on two streams, and a host that waits for frames alone."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfengine.codec import StreamDecoder
+from cfengine.config import EngineConfig
+from cfengine.memory.memory import Memory, Shown
+from cfengine.ranges import span
+from cfengine.scheduler.chunk import ChunkScheduler
+from cfengine.scheduler.lane import Chunk, Step, check_steps
+from cfengine.scheduler.program import ChunkProgram, DecodeProgram
+from cfengine.scheduler.sampler import counter_noise
+
+
+@dataclass
+class Marks:
+    """Events of one chunk, in the order in which a GPU passes them; cleaned and decoded on two streams."""
+
+    began: Any
+    denoised: Any
+    taken: Any  # the decoder has its own copy of the latents
+    decoded: Any  # frames are in host memory
+    cleaned: Any
+
+
+class NoiseAhead:
+    """Noise of the next chunk, drawn in pinned memory while the GPU works on this one.
+
+    Two buffers in turn: the copy out of one may still be queued while the other is filled.
+    """
+
+    def __init__(self, buffers: list[Tensor], frames: int) -> None:
+        """buffers: two of (steps, sessions * frames, channels, height, width) float32."""
+        self._buffers, self._frames, self._turn = buffers, frames, 0
+        self._drawn: list[tuple[int, int]] | None = None
+
+    def take(self, wanted: list[tuple[int, int]]) -> Tensor:
+        """Noise for one (seed, first latent frame) a session."""
+        if self._drawn != wanted:
+            self.draw(wanted)
+        return self._buffers[self._turn]
+
+    def draw(self, wanted: list[tuple[int, int]]) -> None:
+        self._turn = 1 - self._turn
+        for step, noise in enumerate(self._buffers[self._turn]):
+            for place, out in enumerate(noise):
+                seed, first = wanted[place // self._frames]
+                counter_noise(seed, first + place % self._frames, step, tuple(out.shape), out)
+        self._drawn = wanted
+
+
+@dataclass
+class HostBuffers:
+    """What comes back from the device for one chunk, in pinned memory; one entry a session."""
+
+    frames: list[Tensor]
+    shown: list[Shown]
+    count: int = field(default=0)  # frames in use
+
+
+class DeviceLane:
+    """See `Lane`. Everything is allocated, warmed up and captured here; a chunk then only fills, replays and waits.
+
+    compute:  noise in | denoise graph | tables out | clean graph | ...
+    decoding:                          | decoder graph | frames out |
+    """
+
+    def __init__(
+        self,
+        scheduler: ChunkScheduler,
+        config: EngineConfig,
+        memories: list[Memory],
+        decoders: list[StreamDecoder],
+        seeds: list[int],
+        runtime: Any,
+    ) -> None:
+        """seeds: whose noise is drawn now      runtime: a `CudaRuntime`, or what does without a GPU what it does."""
+        self.memories, self._runtime = memories, runtime
+        video, frames = config.video, config.memory.chunk_frames
+        self._frames = frames
+        with runtime.on(runtime.compute), torch.inference_mode():
+            self._program = ChunkProgram(scheduler, config, memories)
+            self._capture_passes()
+            self._shown = [memory.show() for memory in memories]
+        with runtime.on(runtime.decoding), torch.inference_mode():
+            parts = self._program.x0.chunk(len(memories))
+            self._decode = [DecodeProgram(*pair) for pair in zip(decoders, map(torch.zeros_like, parts), strict=True)]
+            self._draw = [self._capture_decoder(program) for program in self._decode]
+        shape = (frames * video.temporal_stride, video.height, video.width, 3)
+        self._host = [self._host_buffers(shape) for _ in range(2)]
+        noise = self._program.noise
+        self._noise = NoiseAhead([runtime.pinned(tuple(noise.shape), noise.dtype) for _ in range(2)], frames)
+        self._noise.draw([(seed, 0) for seed in seeds])
+        self._marks = [Marks(*(runtime.event() for _ in range(5))) for _ in range(2)]
+        self._chunks = 0  # launched, given ones included
+        self._cleaned: Marks | None = None  # of the chunk before, if it was generated
+
+    def _capture_passes(self) -> None:
+        runtime, program = self._runtime, self._program
+        program.denoise()  # compiles kernels and computes constants, which a capture cannot
+        program.clean()
+        self._run_denoise = runtime.capture(program.denoise, runtime.compute)
+        self._run_clean = runtime.capture(program.clean, runtime.compute)
+        for memory in self.memories:
+            memory.reset()
+
+    def _capture_decoder(self, program: DecodeProgram) -> tuple[Any, Any]:
+        for draw in (program.first, program.later):
+            draw()
+        capture, stream = self._runtime.capture, self._runtime.decoding
+        return capture(program.first, stream), capture(program.later, stream)
+
+    def _host_buffers(self, shape: tuple[int, ...]) -> HostBuffers:
+        pinned = self._runtime.pinned
+        shown = [Shown(*(pinned(tuple(t.shape), t.dtype) for t in memory.shown())) for memory in self.memories]
+        return HostBuffers([pinned(shape, torch.uint8) for _ in self.memories], shown)
+
+    @torch.inference_mode()
+    def run(self, steps: list[Step]) -> list[Chunk]:
+        """See `Lane.run`. The clean pass is queued at once, so the last chunk of a stream pays for it."""
+        check_steps(steps, len(self.memories))
+        with span(f"chunk at frame {steps[0].start}"):
+            latents = self._launch(steps)
+            self._noise.draw([(step.seed, step.start + self._frames) for step in steps])
+            return self._collect(latents)
+
+    def _launch(self, steps: list[Step]) -> Tensor:
+        """Queue a chunk; returns its latents, (sessions * frames, channels, height, width), on the way."""
+        runtime, program, marks, host = self._runtime, self._program, self._turn(0), self._host[self._chunks % 2]
+        noise = self._noise.take([(step.seed, step.start) for step in steps])
+        with runtime.on(runtime.compute):
+            self._set(steps)
+            program.noise.copy_(noise, non_blocking=True)
+            for memory, step in zip(self.memories, steps, strict=True):
+                if step.opens:
+                    memory.flush()
+            marks.began.record()
+            with span("denoise"):
+                self._run_denoise()
+            latents = program.x0.clone()
+            for memory, shown in zip(self.memories, host.shown, strict=True):
+                memory.show(shown)
+            marks.denoised.record()
+        self._queue_decode(marks, host)
+        with runtime.on(runtime.compute), span("clean"):
+            self._run_clean()
+            marks.cleaned.record()
+        return latents
+
+    def _turn(self, back: int) -> Marks:
+        return self._marks[(self._chunks - back) % 2]
+
+    def _set(self, steps: list[Step]) -> None:
+        """Tell the passes what comes; x0 is theirs again once the decoders have taken it."""
+        if self._chunks:
+            self._runtime.compute.wait_event(self._turn(1).taken)
+        for place, step in enumerate(steps):
+            self._program.set(place, step.start, step.cut, step.cross)
+
+    def _queue_decode(self, marks: Marks, host: HostBuffers) -> None:
+        """Latents to frames in host memory, on the other stream, from `marks.denoised` on."""
+        runtime = self._runtime
+        with runtime.on(runtime.decoding), span("decode"):
+            runtime.decoding.wait_event(marks.denoised)
+            for program, part in zip(self._decode, self._program.x0.chunk(len(self.memories)), strict=True):
+                program.latents.copy_(part)
+            marks.taken.record()
+            for (first, later), place in zip(self._draw, host.frames, strict=True):
+                frames = later() if self._chunks else first()
+                host.count = len(frames)
+                place[: host.count].copy_(frames, non_blocking=True)
+            marks.decoded.record()
+
+    def _collect(self, latents: Tensor) -> list[Chunk]:
+        """Wait for the frames of the chunk just launched; its clean pass may go on."""
+        marks, host, before = self._turn(0), self._host[self._chunks % 2], self._cleaned
+        marks.decoded.synchronize()
+        denoise, decode = _seconds(marks.began, marks.denoised), _seconds(marks.denoised, marks.decoded)
+        clean = _seconds(before.denoised, before.cleaned) if before else 0.0
+        events = [old.events_until(new) for old, new in zip(self._shown, host.shown, strict=True)]
+        pixels: list[np.ndarray] = [frames[: host.count].numpy().copy() for frames in host.frames]
+        self._shown, self._cleaned = host.shown, marks
+        self._chunks += 1
+        parts = latents.chunk(len(self.memories))
+        return [Chunk(*each, denoise, decode, clean, event) for *each, event in zip(pixels, parts, events, strict=True)]
+
+    @torch.inference_mode()
+    def prime(self, step: Step, latents: Tensor) -> int:
+        """See `Lane.prime`; waits until it is done."""
+        check_steps([step], len(self.memories))
+        runtime, marks, host = self._runtime, self._turn(0), self._host[self._chunks % 2]
+        runtime.join()  # the latents are the caller's
+        with runtime.on(runtime.compute):
+            self._set([step])
+            self._program.x0.copy_(latents)
+            marks.denoised.record()
+        self._queue_decode(marks, host)
+        with runtime.on(runtime.compute):
+            self._run_clean()
+            self._shown = [memory.show(shown) for memory, shown in zip(self.memories, host.shown, strict=True)]
+            marks.cleaned.record()
+        for event in (marks.decoded, marks.cleaned):
+            event.synchronize()
+        self._chunks, self._cleaned = self._chunks + 1, None
+        return host.count
+
+    def close(self) -> None:
+        """See `Lane.close`; what is still queued is waited for, since it reads what is let go."""
+        with suppress(RuntimeError):  # a lost GPU has nothing left to wait for
+            for marks in self._marks:
+                marks.decoded.synchronize()
+                marks.cleaned.synchronize()
+        self.memories, self._decode, self._draw, self._program = [], [], [], None
+        self._run_denoise = self._run_clean = None
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return begin.elapsed_time(end) / 1e3

@@ -1,0 +1,76 @@
+"""CUDA graphs, and the streams, events and pinned memory around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfengine.errors import KernelError
+from cfengine.ops import Ops, row
+
+
+class Graph:
+    """A call captured once; what it returned is written anew by every replay.
+
+    The call has run before on the same stream, so that kernels are compiled and constants are on the device. It may
+    allocate: such memory comes from the pool and keeps its address for the life of the graph.
+    """
+
+    def __init__(self, work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, of a consumer say, may go on calling CUDA meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._result = work()
+
+    def __call__(self) -> Any:
+        self._graph.replay()
+        return self._result
+
+
+class CudaRuntime:
+    """Streams and graph memory of one engine.
+
+    compute carries all passes of all sessions, one after the other, so that their graphs share one pool of scratch
+    memory; decoding carries decoders and the copies to the host, beside the clean passes, before them where both wait.
+    """
+
+    def __init__(self, device: torch.device | str, *, graphs: bool = True) -> None:
+        self.device, self.graphs = torch.device(device), graphs
+        with torch.cuda.device(self.device):
+            self.compute, self.decoding = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
+            self._pools = {stream: torch.cuda.graph_pool_handle() for stream in (self.compute, self.decoding)}
+            torch.cuda.synchronize()  # weights have arrived: every stream may read them
+
+    def on(self, stream: torch.cuda.Stream):
+        """A context in which work is queued on a stream."""
+        return torch.cuda.stream(stream)
+
+    def join(self) -> None:
+        """Let compute wait for what the caller has queued on its own stream."""
+        self.compute.wait_stream(torch.cuda.current_stream(self.device))
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory that copies to and from the device need not wait for."""
+        return torch.zeros(shape, dtype=dtype).pin_memory()
+
+    def capture(self, work: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
+        """`work` to be called again and again on a stream: a graph, or without graphs the call itself."""
+        return Graph(work, stream, self._pools[stream]) if self.graphs else work
+
+
+def check_captured(ops: Ops, used: Iterable[str]) -> None:
+    """Raise KernelError unless a graph can hold the implementations of the operations that are used."""
+    for op in used:
+        name = ops.names[op]
+        if not next(candidate for candidate in row(op, "cuda") if candidate.name == name).captured:
+            others = [candidate.name for candidate in row(op, "cuda") if candidate.captured]
+            raise KernelError(
+                f"{op}: implementation {name!r} reads tables on the host, which a captured CUDA graph cannot; choose "
+                f"{' or '.join(others)}, or build the engine with graphs=False"
+            )

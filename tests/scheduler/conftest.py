@@ -1,0 +1,86 @@
+"""A stand-in for streams, events and graphs, so that the lane of a GPU runs here but for capture itself."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+import torch
+
+from cfengine.memory.memory import Memory
+from cfengine.scheduler.device_lane import DeviceLane
+from cfengine.session import Session
+
+
+class InlineEvent:
+    def __init__(self, log: list[str]) -> None:
+        self.log, self.time = log, None
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def elapsed_time(self, other: InlineEvent) -> float:
+        return 1e3 * (other.time - self.time)
+
+
+class InlineStream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_event(self, event: InlineEvent) -> None:
+        assert event.time is not None, "a stream waits for what was never queued"
+
+
+class InlineRuntime:
+    """What `CudaRuntime` does, at once and in order; `log` lists replays and waits."""
+
+    def __init__(self) -> None:
+        self.compute, self.decoding = InlineStream("compute"), InlineStream("decoding")
+        self.log: list[str] = []
+
+    def on(self, stream: InlineStream):
+        return contextlib.nullcontext()
+
+    def join(self) -> None:
+        self.log.append("join")
+
+    def event(self) -> InlineEvent:
+        return InlineEvent(self.log)
+
+    def pinned(self, shape, dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def capture(self, work, stream: InlineStream):
+        def replay():
+            self.log.append(work.__name__)
+            return work()
+
+        return replay
+
+
+@pytest.fixture
+def lane_of():
+    """make(engine, sessions=1) -> (DeviceLane on the CPU, its runtime)."""
+
+    def make(engine, sessions: int = 1, scheduler=None):
+        runtime = InlineRuntime()
+        memories = [Memory(engine.config, engine.ops, engine.dtype, engine.device) for _ in range(sessions)]
+        decoders = [engine.codec.decoder() for _ in range(sessions)]
+        scheduler = scheduler or engine._scheduler
+        return DeviceLane(scheduler, engine.config, memories, decoders, [0] * sessions, runtime), runtime
+
+    return make
+
+
+@pytest.fixture
+def device_session(lane_of):
+    """make(engine, prompt, seed) -> a Session that runs as on a GPU, but for capture."""
+
+    def make(engine, prompt: str, seed: int = 0) -> Session:
+        return Session(engine.config, lane_of(engine)[0], engine.encode_prompt, prompt, seed)
+
+    return make
