@@ -87,7 +87,7 @@ def parts(seconds: float) -> list[Part]:
         Part("profile", bench("profile", "--precision", "bf16"), 30),
         Part(
             "policies",
-            bench("stream", "--policy", "fifo,sink_window,slow_fast_paper,uniform", "--seconds", "6"),
+            bench("stream", "--policy", "fifo,sink_window,relative_window,slow_fast_paper,uniform", "--seconds", "6"),
             90,
         ),
         Part("two_sessions", bench("stream", "--sessions", "2", "--seconds", "8", "--check-chunks", "0"), 40),

@@ -99,6 +99,7 @@ def fill(batch: Batch) -> tuple[int, int]:
     config = batch.sessions[0].config
     for _ in range(FILL_LIMIT):
         batch.next_chunk()
+        synchronize(batch.sessions[0].memory.device)  # the clean pass still changes tables
         memories = [session.memory for session in batch.sessions]
         used = min(memory.slots_in_use(layer) for memory in memories for layer in range(config.model.layers))
         if used >= config.memory.slots:

@@ -158,10 +158,14 @@ class PrecisionConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; PrecisionConfig.{name} is 'bf16' or 'fp8'")
         if self.attention == "fp8" and self.pages != "fp8":
             raise ConfigError("attention in fp8 reads pages in fp8, not in bf16; set PrecisionConfig.pages to 'fp8'")
+
+    def check_kept(self, layers: int) -> None:
+        """Raise ConfigError where a pattern of `keep` is the name of no product of a model of `layers` blocks."""
+        names = [f"blocks.{block}.{product}" for block in range(layers) for product in PRODUCTS]
         for pattern, _ in self.keep:
-            if not any(fnmatchcase(f"blocks.0.{p}", _any_block(pattern)) for p in PRODUCTS):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
-                    f"PrecisionConfig.keep names {pattern!r}, which no product of a block is called; "
+                    f"PrecisionConfig.keep names {pattern!r}, which no product of {layers} blocks is called; "
                     f"choose among blocks.<number>.<product> with {', '.join(PRODUCTS)}"
                 )
 
@@ -176,13 +180,6 @@ class PrecisionConfig:
             return frozenset()
         kept = {p for p in PRODUCTS for k in self.keep if fnmatchcase(f"blocks.{block}.{p}", k.pattern)}
         return frozenset(PRODUCTS) - kept
-
-
-def _any_block(pattern: str) -> str:
-    """A pattern with its block number, if it has one, replaced by that of block 0."""
-    head, _, rest = pattern.partition(".")
-    number, _, product = rest.partition(".")
-    return f"{head}.0.{product}" if number.isdigit() else pattern
 
 
 PRECISIONS: dict[str, PrecisionConfig] = {
@@ -250,6 +247,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self.video.check_patch(self.model.patch[1:])
+        self.precision.check_kept(self.model.layers)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from cfengine.errors import ConfigError, DeviceError
 
 LEAST_CAPABILITY = (8, 0)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_LOST = re.compile(r"CUDA (driver )?error|CUBLAS_STATUS|cuDNN error|CUDNN_STATUS|Triton Error \[CUDA\]")
+_FULL = re.compile(r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
+_LOST = re.compile(r"CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(?!NOT_SUPPORTED)|Triton Error \[CUDA\]")
 
 
 def check_device(device: torch.device | str) -> None:
@@ -106,12 +107,14 @@ def device_errors(config: EngineConfig, device: torch.device | str | None, items
     except torch.OutOfMemoryError as error:
         raise _full(str(error), config, device, itemsize) from error
     except RuntimeError as error:
+        if _FULL.search(str(error)):
+            raise _full(str(error), config, device, itemsize) from error
         if not _LOST.search(str(error)):
             raise
         first = str(error).split("\n")[0].rstrip(".")
         raise DeviceError(
-            f"the GPU '{device}' failed ({first}); the session is closed and the frames that it gave stay good, but "
-            "this process cannot use the GPU any more: start a new one"
+            f"the GPU '{device}' failed ({first}); sessions on it are closed and the frames that they gave stay good, "
+            "but this process cannot use the GPU any more: start a new one"
         ) from error
 
 

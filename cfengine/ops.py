@@ -1,7 +1,7 @@
 """Typed functions and one table: the only door to kernels.
 
 `select(device)` picks an implementation of every operation once, when an engine is built. Asking for one that is not
-built raises an error that says how to build it; where nothing was asked for, an engine warns of what it went without.
+built raises an error that says how to build it; where nothing was asked for, an engine warns where plain torch serves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cfengine.errors import KernelError
 
 HINTS = {
     "cpu": "build the extension with a C++ compiler and cmake present: pip install -e .",
+    "cuda": "build the extension with nvcc 12.4 or later on PATH: pip install -e .",
     "triton": "pip install triton",
 }
 

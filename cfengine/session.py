@@ -51,7 +51,7 @@ class Session:
 
     @property
     def memory(self) -> Memory:
-        """Pages and tables, to look at."""
+        """Pages and tables, to look at; on a GPU the clean pass may still be changing them, so synchronise first."""
         self._check_open()
         return self._lane.memories[self._place]
 
@@ -216,9 +216,10 @@ class Batch:
 def closing_on_error(sessions: list[Session]) -> Iterator[None]:
     """Close sessions when work on a chunk is cut short, and say in one sentence what a GPU reported."""
     config = sessions[0].config
-    device = None if sessions[0].closed else sessions[0].memory.device
+    keys = None if sessions[0].closed else sessions[0].memory.pool.k
+    place = (None, 2) if keys is None else (keys.device, keys.element_size())
     try:
-        with device_errors(config, device):
+        with device_errors(config, *place):
             yield
     except BaseException:
         for session in sessions:

@@ -129,6 +129,7 @@ class DeviceLane:
         check_steps(steps, len(self.memories))
         with span(f"chunk at frame {steps[0].start}"):
             latents = self._launch(steps)
+            self._runtime.lend(latents)
             self._noise.draw([(step.seed, step.start + self._frames) for step in steps])
             return self._collect(latents)
 
@@ -215,9 +216,8 @@ class DeviceLane:
     def close(self) -> None:
         """See `Lane.close`; what is still queued is waited for, since it reads what is let go."""
         with suppress(RuntimeError):  # a lost GPU has nothing left to wait for
-            for marks in self._marks:
-                marks.decoded.synchronize()
-                marks.cleaned.synchronize()
+            for stream in (self._runtime.compute, self._runtime.decoding):
+                stream.synchronize()
         self.memories, self._decode, self._draw, self._program = [], [], [], None
         self._run_denoise = self._run_clean = None
 

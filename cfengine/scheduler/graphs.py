@@ -52,6 +52,10 @@ class CudaRuntime:
         """Let compute wait for what the caller has queued on its own stream."""
         self.compute.wait_stream(torch.cuda.current_stream(self.device))
 
+    def lend(self, tensor: Tensor) -> None:
+        """Keep the memory of a tensor made on compute until what the caller queues on its own stream has read it."""
+        tensor.record_stream(torch.cuda.current_stream(self.device))
+
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
 

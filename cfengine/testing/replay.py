@@ -2,6 +2,8 @@
 
     python -m cfengine.testing.replay FILE_OR_DIR... [--impl reference|cpu|triton|cuda]
 
+Traces are float32. CUDA attention takes 16 bits and passes float32 on to Triton, so `cuda` shows the way it is called.
+
 Exit code 0: within tolerance.  1: a tensor, table, action or counter differs.  2: a trace that cannot be read, or an
 implementation that is not built.
 """

@@ -89,8 +89,7 @@ def _diffusion(out: Path, config: EngineConfig, effort: Effort, seed: int, repor
 def mean_of(worlds: list[World]) -> World:
     """The mean of the weights of students of one teacher, which lie close enough for it to be a student too.
 
-    It is steadier than either: landmarks that a stream invents are right in more views (Wortsman et al., arXiv
-    2203.05482, average fine-tuned models so).
+    Wortsman et al., arXiv 2203.05482, average fine-tuned models so.
     """
     mean = copy.deepcopy(worlds[0])
     for parts in zip(mean.parameters(), *(world.parameters() for world in worlds), strict=True):

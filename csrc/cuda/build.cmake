@@ -19,7 +19,7 @@ endif()
 
 get_filename_component(nvcc_folder ${CF_NVCC} REALPATH)
 get_filename_component(nvcc_folder ${nvcc_folder} DIRECTORY)
-find_library(CF_CUDART libcudart_static.a PATHS ${nvcc_folder}/.. /usr/local/cuda
+find_library(CF_CUDART libcudart_static.a HINTS ${nvcc_folder}/.. PATHS /usr/local/cuda NO_DEFAULT_PATH
              PATH_SUFFIXES lib64 lib targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib targets/sbsa-linux/lib)
 if(NOT CF_CUDART)
   message(WARNING "CUDA kernels are left out: libcudart_static.a was not found beside ${CF_NVCC}")

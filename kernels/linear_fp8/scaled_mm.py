@@ -21,18 +21,15 @@ OLDEST = (8, 9)  # compute capability with e4m3 on its tensor cores
 MULTIPLE = 16  # of input and output channels, as the library wants them
 
 
-def linear_fp8(rows, scale, weight, weight_scale, bias=None, *, dtype=torch.bfloat16, fast_sums: bool = False):
-    """See `reference.linear_fp8`. bfloat16 results; input and output channels are multiples of 16.
-
-    fast_sums: let Hopper add products with fewer bits than float32, without the promotions in between
-    """
+def linear_fp8(rows, scale, weight, weight_scale, bias=None, *, dtype=torch.bfloat16):
+    """See `reference.linear_fp8`. bfloat16 results; input and output channels are multiples of 16."""
     _check(rows, scale, weight, weight_scale, bias, dtype)
     if by_row(rows.device):
         return torch._scaled_mm(
-            rows, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=dtype, use_fast_accum=fast_sums
+            rows, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=dtype, use_fast_accum=False
         )
     one = _one(rows.device)
-    out = torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast_sums)
+    out = torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
     out = out * scale[:, None] * weight_scale
     return (out if bias is None else out + bias).to(dtype)
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bind.h"
+#include "checks.h"
 #include "launch.h"
 
 namespace cf {
@@ -22,6 +23,7 @@ AttentionType type_of(const std::string& query, const std::string& pages) {
 }
 
 void serve(int kernel, const AttentionLaunch& a) {
+    check_operands(a);
     fill_turns(a);
     if (kernel == 80) return attention_sm80(a);
 #if defined(CF_HAS_SM90)

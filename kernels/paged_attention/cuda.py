@@ -65,27 +65,29 @@ def paged_attention(
     """See `reference.paged_attention`. float16 or bfloat16, head_dim 64 or 128; e4m3 pages from capability 8.9 on.
 
     What has no CUDA kernel goes to Triton's: other head sizes, float32, e4m3 pages with `wide` or on an older GPU.
-    e4m3 values have their tokens adjacent (v_pages.stride(1) == 1) and channels a multiple of 16 apart.
+    Pages of e4m3 whose tokens are no multiple of 4 go to sm80.cu on Hopper too. e4m3 values have their tokens adjacent
+    (v_pages.stride(1) == 1) and channels a multiple of 16 apart.
     """
     table = (page_ids, positions, count, q_positions)
-    device = _device(q.device.index)
-    if not _takes(device, q, k_scale is not None, wide):
+    device, e4m3 = _device(q.device.index), k_scale is not None or v_scale is not None
+    if not _takes(device, q, e4m3, wide):
         from .triton import paged_attention as general
 
         return general(q, k_pages, v_pages, *table, theta=theta, k_scale=k_scale, v_scale=v_scale, wide=wide)
     check_attention(q, k_pages, v_pages, *table, dtypes=HALVES, device=q.device.type, k_scale=k_scale, v_scale=v_scale)
+    kernel = 80 if e4m3 and k_pages.shape[1] % 4 else device.kernel
     tokens, heads, head_dim = q.shape
     frames, slots = q_positions.shape[0], page_ids.shape[0]
     types = _name(q.dtype), _name(k_pages.dtype)
     phases = _phases(head_dim, theta, q.device)
-    wanted = _C.paged_attention_cuda_scratch(device.kernel, *types, tokens, heads, head_dim, device.multiprocessors)
+    wanted = _C.paged_attention_cuda_scratch(kernel, *types, tokens, heads, head_dim, device.multiprocessors)
     # allocated anew for every call: the allocator knows streams, and inside a capture it keeps them for the graph
     scratch = torch.empty(wanted, dtype=torch.float32, device=q.device)
     turns = torch.empty((slots, frames, phases.shape[0], 2), dtype=torch.float32, device=q.device)
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     scales = (0 if scale is None else scale.data_ptr() for scale in (k_scale, v_scale))
     _C.paged_attention_cuda(
-        device.kernel, *types, q.data_ptr(), q.stride()[:2], k_pages.data_ptr(), k_pages.stride(),
+        kernel, *types, q.data_ptr(), q.stride()[:2], k_pages.data_ptr(), k_pages.stride(),
         v_pages.data_ptr(), v_pages.stride(), *scales, *(part.data_ptr() for part in table),
         phases.data_ptr(), turns.data_ptr(), scratch.data_ptr(), wanted, out.data_ptr(), out.stride()[:2],
         tokens, frames, heads, head_dim, k_pages.shape[1], slots, phases.shape[0], head_dim**-0.5,

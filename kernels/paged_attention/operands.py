@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from cfengine.errors import KernelError
+
+from ..fp8 import E4M3
 from ..operands import check_divides, check_size, check_tensor
 
 OP = "paged_attention"
-E4M3 = torch.float8_e4m3fn
 
 
 def check_attention(
@@ -19,7 +21,9 @@ def check_attention(
     With k_scale and v_scale, (pages, heads) float32, pages are e4m3 and tokens of v_pages are adjacent, not channels.
     """
     check_tensor(OP, "q", q, 3, dtypes, device)
-    narrow = k_scale is not None or v_scale is not None
+    narrow = k_scale is not None
+    if narrow != (v_scale is not None):
+        raise KernelError(f"{OP}: only one of k_scale and v_scale is given; pass both for pages of e4m3")
     page_types = (E4M3,) if narrow else (q.dtype,)
     check_tensor(OP, "k_pages", k_pages, 4, page_types, device)
     if narrow:

@@ -27,7 +27,8 @@ def paged_attention(
 
     q: (tokens, heads, head_dim), normed, rotated by row and column; frame-major, tokens = chunk_frames * page_tokens
     k_pages, v_pages: (pages, page_tokens, heads, head_dim), any strides with a unit last one
-    page_ids, positions: (slots,) int32      count: (1,) int32, slots attended      q_positions: (chunk_frames,) int32
+    page_ids, positions: (slots,) int32      count: (1,) int32, slots attended, at least 1
+    q_positions: (chunk_frames,) int32
     k_scale, v_scale: (pages, heads) float32 where pages are e4m3: a key is k_pages * k_scale of its page and head;
     v_pages then have any strides      wide: for kernels, which with e4m3 pages may round the turned query (one scale a
     row) and the weights to e4m3 too (`rounding.py`); True keeps 16 bits or more, as this reference does

@@ -85,7 +85,8 @@ def _tile(
         rounded = e4m3(weight, HARDWARE).to(tl.float8e4nv, bitcast=True)
     else:
         rounded = weight.to(values.dtype)
-    sums = tl.dot(rounded, values, sums * fade[:, None], input_precision=PRECISION)
+    # Hopper adds e4m3 products with some 14 bits: never for longer than a tile
+    sums = tl.dot(rounded, values, sums * fade[:, None], input_precision=PRECISION, max_num_imprecise_acc=N)
     return peak, total * fade + tl.sum(weight, 1), sums
 
 
@@ -127,7 +128,7 @@ def _attend(
         else:
             own = page * tl.num_programs(1) + head
             score_scale = scale * tl.load(k_scale + own)
-            new = tl.load(v_scale + own)
+            new = tl.maximum(tl.load(v_scale + own), 1e-20)  # a page of zeros may come with a scale of 0
             sums = sums * (unit / new)
             unit = new
         if MODE == HALF:
@@ -154,7 +155,7 @@ def _attend(
     tl.store(out + row[:, None] * out_token + head * out_head + channel[None, :], result, mask=mask)
 
 
-def tiles(width: int, exact: bool, mode: int = SAME.value) -> tuple[int, int, int]:
+def tiles(width: int, exact: bool) -> tuple[int, int, int]:
     """Queries and keys of a tile, and warps, for a padded head size; exact: float32.
 
     Chosen by the compiler's report (tests/kernels/test_triton_code.py), not by a clock: at a head size of 128, 64
@@ -198,7 +199,7 @@ def paged_attention(
     page_tokens, frames, slots = k_pages.shape[1], q_positions.shape[0], page_ids.shape[0]
     least = 2 * LEAST if mode == FP8.value else LEAST
     width = max(least, triton.next_power_of_2(head_dim))
-    m, n, warps = tiles(width, exact, mode)
+    m, n, warps = tiles(width, exact)
     rest = page_tokens % n and max(least, triton.next_power_of_2(page_tokens % n))
     turns = torch.empty((slots, frames, 2, width // 2), dtype=torch.float32, device=device)
     _fill_turns[slots, frames](

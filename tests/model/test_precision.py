@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from cfengine.config import PRECISIONS, PRODUCTS, Kept, PrecisionConfig, precision
+from cfengine.config import PRECISIONS, PRODUCTS, EngineConfig, Kept, PrecisionConfig, precision
 from cfengine.errors import ConfigError
 from cfengine.memory.pages import PagePool
 
@@ -33,11 +33,12 @@ def in_precision(toy_engine):
         ({"attention": "fp8"}, ["pages in fp8", "PrecisionConfig.pages"]),
         ({"linears": "fp8", "keep": (Kept("blocks.*.ffn.1", "a typo"),)}, ["'blocks.*.ffn.1'", "ffn.0"]),
         ({"linears": "fp8", "keep": (Kept("head", "not of a block"),)}, ["'head'", "blocks.<number>"]),
+        ({"linears": "fp8", "keep": (Kept("blocks.30.*", "one too many"),)}, ["'blocks.30.*'", "30 blocks"]),
     ],
 )
 def test_bad_precision(arguments, words):
     with pytest.raises(ConfigError) as caught:
-        PrecisionConfig(**arguments)
+        EngineConfig(name="any", precision=PrecisionConfig(**arguments))
     for word in words:
         assert word in str(caught.value)
 
@@ -52,6 +53,7 @@ def test_kept_products():
     some = PrecisionConfig(linears="fp8", keep=kept)
     assert some.fp8_products(0) == frozenset(PRODUCTS) - {"ffn.2"}
     assert some.fp8_products(7) == frozenset(PRODUCTS) - {"ffn.2", "self_attn.qkv", "self_attn.o"}
+    EngineConfig(name="any", precision=PrecisionConfig(linears="fp8", keep=(Kept("blocks.2[0-9].*", "the last ten"),)))
     assert not PrecisionConfig().fp8_products(0) and not PrecisionConfig().fp8
 
 

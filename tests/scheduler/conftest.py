@@ -14,11 +14,11 @@ from cfengine.session import Session
 
 
 class InlineEvent:
-    def __init__(self, log: list[str]) -> None:
-        self.log, self.time = log, None
+    def __init__(self, runtime: InlineRuntime) -> None:
+        self.runtime, self.log, self.time, self.after = runtime, runtime.log, None, ""
 
     def record(self) -> None:
-        self.time = time.perf_counter()
+        self.time, self.after = time.perf_counter(), self.runtime.queued[-1] if self.runtime.queued else ""
 
     def synchronize(self) -> None:
         self.log.append("wait")
@@ -28,11 +28,18 @@ class InlineEvent:
 
 
 class InlineStream:
+    """`waits` says after which work of another stream this one goes on."""
+
     def __init__(self, name: str) -> None:
         self.name = name
+        self.waits: list[str] = []
 
     def wait_event(self, event: InlineEvent) -> None:
         assert event.time is not None, "a stream waits for what was never queued"
+        self.waits.append(event.after)
+
+    def synchronize(self) -> None:
+        pass
 
 
 class InlineRuntime:
@@ -41,6 +48,10 @@ class InlineRuntime:
     def __init__(self) -> None:
         self.compute, self.decoding = InlineStream("compute"), InlineStream("decoding")
         self.log: list[str] = []
+        self.queued: list[str] = []
+
+    def lend(self, tensor: torch.Tensor) -> None:
+        pass
 
     def on(self, stream: InlineStream):
         return contextlib.nullcontext()
@@ -49,7 +60,7 @@ class InlineRuntime:
         self.log.append("join")
 
     def event(self) -> InlineEvent:
-        return InlineEvent(self.log)
+        return InlineEvent(self)
 
     def pinned(self, shape, dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -57,6 +68,7 @@ class InlineRuntime:
     def capture(self, work, stream: InlineStream):
         def replay():
             self.log.append(work.__name__)
+            self.queued.append(work.__name__)
             return work()
 
         return replay

@@ -19,6 +19,7 @@ from cfengine.scheduler.device_lane import NoiseAhead
 from cfengine.scheduler.lane import Step
 from cfengine.scheduler.program import ChunkProgram, DecodeProgram, PromptBuffers
 from cfengine.scheduler.sampler import chunk_noise
+from cfengine.session import Session
 
 pytestmark = pytest.mark.cpu
 
@@ -68,10 +69,8 @@ def test_priming(toy_engine, device_session):
             same_chunk(session, plain, session.next_chunk(), plain.next_chunk())
 
 
-def test_order_of_a_chunk(toy_engine, lane_of, monkeypatch):
+def test_order_of_a_chunk(toy_engine, lane_of):
     """Passes, decoder, clean pass, then one wait: everything is queued before the host waits for frames."""
-    from cfengine.session import Session
-
     engine = toy_engine()
     lane, runtime = lane_of(engine)
     with Session(engine.config, lane, engine.encode_prompt, "a", 1) as session:
@@ -79,6 +78,8 @@ def test_order_of_a_chunk(toy_engine, lane_of, monkeypatch):
         session.next_chunk()
         session.next_chunk()
         assert runtime.log == ["denoise", "first", "clean", "wait", "denoise", "later", "clean", "wait"]
+    assert runtime.decoding.waits == ["denoise", "denoise"]  # latents are there
+    assert runtime.compute.waits == ["denoise"]  # the decoder has taken the latents of the chunk before
 
 
 def test_frames_outlive_the_buffers(toy_engine, device_session):

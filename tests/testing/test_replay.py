@@ -160,13 +160,15 @@ def test_bad_files_are_refused(tmp_path, capsys):
     assert "head.head.bias" in capsys.readouterr().err
 
 
-def test_an_implementation_that_is_not_there_is_an_error(capsys):
+def test_an_implementation_that_is_not_there_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert replay.main([str(TRACES[0]), "--impl", "cuda"]) == 2
     assert "'cuda'" in capsys.readouterr().err
 
 
 def test_triton_without_its_interpreter_is_an_error(monkeypatch, capsys):
     pytest.importorskip("triton", reason="pip install triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert replay.main([str(TRACES[0]), "--impl", "triton"]) == 2
     assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
