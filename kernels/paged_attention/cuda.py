@@ -80,17 +80,18 @@ def paged_attention(
     frames, slots = q_positions.shape[0], page_ids.shape[0]
     types = _name(q.dtype), _name(k_pages.dtype)
     phases = _phases(head_dim, theta, q.device)
-    wanted = _C.paged_attention_cuda_scratch(kernel, *types, tokens, heads, head_dim, device.multiprocessors)
-    # allocated anew for every call: the allocator knows streams, and inside a capture it keeps them for the graph
-    scratch = torch.empty(wanted, dtype=torch.float32, device=q.device)
-    turns = torch.empty((slots, frames, phases.shape[0], 2), dtype=torch.float32, device=q.device)
-    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
-    scales = (0 if scale is None else scale.data_ptr() for scale in (k_scale, v_scale))
-    _C.paged_attention_cuda(
-        kernel, *types, q.data_ptr(), q.stride()[:2], k_pages.data_ptr(), k_pages.stride(),
-        v_pages.data_ptr(), v_pages.stride(), *scales, *(part.data_ptr() for part in table),
-        phases.data_ptr(), turns.data_ptr(), scratch.data_ptr(), wanted, out.data_ptr(), out.stride()[:2],
-        tokens, frames, heads, head_dim, k_pages.shape[1], slots, phases.shape[0], head_dim**-0.5,
-        device.multiprocessors, _stream(q.device.index),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # the launch goes to the current GPU
+        wanted = _C.paged_attention_cuda_scratch(kernel, *types, tokens, heads, head_dim, device.multiprocessors)
+        # allocated anew for every call: the allocator knows streams, and inside a capture it keeps them for the graph
+        scratch = torch.empty(wanted, dtype=torch.float32, device=q.device)
+        turns = torch.empty((slots, frames, phases.shape[0], 2), dtype=torch.float32, device=q.device)
+        out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+        scales = (0 if scale is None else scale.data_ptr() for scale in (k_scale, v_scale))
+        _C.paged_attention_cuda(
+            kernel, *types, q.data_ptr(), q.stride()[:2], k_pages.data_ptr(), k_pages.stride(),
+            v_pages.data_ptr(), v_pages.stride(), *scales, *(part.data_ptr() for part in table),
+            phases.data_ptr(), turns.data_ptr(), scratch.data_ptr(), wanted, out.data_ptr(), out.stride()[:2],
+            tokens, frames, heads, head_dim, k_pages.shape[1], slots, phases.shape[0], head_dim**-0.5,
+            device.multiprocessors, _stream(q.device.index),
+        )  # fmt: skip
     return out

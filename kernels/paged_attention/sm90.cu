@@ -108,6 +108,7 @@ Maps maps(const AttentionLaunch& l) {
 
 template <class S>
 void run(const AttentionLaunch& launch) {
+    static_assert(sizeof(Shared<S>) <= 227 * 1024, "a block of Hopper may have 227 KiB of shared memory");
     if (launch.pairs != S::kPairs)
         fail(kName, ": the table of turns has ", launch.pairs, " pairs but a head of ", launch.head_dim, " needs ",
              S::kPairs, "; fill up to that with cosine 1 and sine 0");

@@ -14,8 +14,9 @@ import pytest
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "kernels" / "paged_attention"
-# Bytes of shared memory that a block may have (CUDA C++ programming guide, compute capabilities).
-SHARED = {"80": 163 << 10, "89": 99 << 10, "90a": 227 << 10, "120": 99 << 10}
+# Bytes of shared memory that a block may have (CUDA C++ programming guide, compute capabilities);
+# sm90.cu asserts its own.
+SHARED = {"80": 163 << 10, "89": 99 << 10, "120": 99 << 10}
 PRODUCTS = {"sm80.cu": ("HMMA", "QMMA"), "sm90.cu": ("HGMMA", "QGMMA")}
 TARGETS = [("turns.cu", "80"), ("sm80.cu", "80"), ("sm80.cu", "89"), ("sm80.cu", "120"), ("sm90.cu", "90a")]
 
@@ -58,8 +59,6 @@ def test_no_kernel_spills(source, target, tmp_path):
     compiler = nvcc()
     if target == "120" and release(compiler) < (12, 8):
         pytest.skip("compute capability 12.0 needs nvcc 12.8")
-    if not (FOLDER / source).exists():
-        pytest.skip(f"{source} is not there")
     made = tmp_path / "kernels.cubin"
     command = [
         compiler, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", '-DCF_CUDA_ARCHITECTURES="test"', "-Xptxas", "-v",
@@ -72,7 +71,8 @@ def test_no_kernel_spills(source, target, tmp_path):
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
         assert kernel.registers <= 255
-    assert "C7508" not in run.stderr  # setmaxnreg was ignored
+    # setmaxnreg was ignored, or products wait for each other
+    assert not re.search(r"\(C75\d\d\)", run.stdout + run.stderr)
     check_instructions(made, source, target)
 
 
