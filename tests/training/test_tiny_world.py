@@ -27,12 +27,12 @@ def test_weights_fit_the_package() -> None:
 @pytest.mark.parametrize(
     ("name", "limit"),
     [
-        # 1.0 in the whole evaluation and in every pair of the first eight seeds
+        # 0.999 and 1.0 in the whole evaluation, 1.0 in these two seeds
         ("pan_chunks_within_25_percent", 0.9),
         ("primed_landmark_views_right", 0.9),
-        # 0.23 and 0.87 in these two seeds of 8 s, with few landmarks in view; landmarks that change from chunk to chunk
+        # 0.54 and 0.90 in these two seeds of 8 s, with few landmarks in view; landmarks that change from chunk to chunk
         # would give 0, and another instruction set rounds otherwise
-        ("landmark_views_right", 0.1),
+        ("landmark_views_right", 0.3),
         ("sharpness", 0.7),
         # these hold in every single view
         ("palette_views_right", 1.0),
