@@ -158,7 +158,7 @@ def not_built(device: str, names: Mapping[str, str]) -> list[str]:
 
 
 def implementations(device: str = "cpu") -> list[str]:
-    """Names of implementations that at least one operation has on a device type and that load, best first."""
+    """Names of implementations that load and that an operation may be served by unasked, best first."""
     found: dict[str, None] = {}
     for op in OPERATIONS:
         for candidate in row(op, device):
@@ -167,6 +167,8 @@ def implementations(device: str = "cpu") -> list[str]:
             except KernelError:
                 continue
             found[candidate.name] = None
+            if candidate.name == "reference":  # what follows is never chosen unasked
+                break
     return list(found)
 
 
