@@ -35,7 +35,6 @@ struct Segment {
 
 // The n-th segment of a block; false where it has no more. At most two are parts: a range is shorter than a tile.
 __device__ __forceinline__ bool find_segment(const Split& split, int block, int n, Segment& segment) {
-    if (split.units < 1) return false;  // nothing is attended
     if (n < split.whole()) {
         segment = {n * split.blocks + block, 0, split.units, -1};
         return true;

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cfengine.config import ModelConfig, preset
-from cfengine.training.recipe import Effort, averaged, mean_of, train
+from cfengine.training.recipe import Effort, Log, averaged, mean_of, train
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
@@ -28,9 +29,9 @@ def test_the_mean_of_students() -> None:
 @pytest.mark.slow
 def test_every_stage_runs_once_and_is_skipped_the_next_time(tmp_path) -> None:
     config = dataclasses.replace(preset("tiny-world"), model=MODEL)
-    stages: list[str] = []
     for _ in range(2):
-        folder = train(tmp_path, 0, EFFORT, lambda stage, values: stages.append(stage), processes=1, config=config)
+        folder = train(tmp_path, 0, EFFORT, Log(tmp_path / "log.jsonl"), processes=1, config=config)
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [stages.count(stage) for stage in ("codec", "decoder")] == [1, 1]
     names = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert set(names) == {"codec.safetensors", "dit.safetensors", "text.safetensors"}
