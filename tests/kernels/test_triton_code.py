@@ -50,7 +50,8 @@ print(json.dumps({"spills": spills, "products": products, "shared": built.metada
 """
 
 
-# Bytes spilled at most: where a page begins, not in the loop over its keys. Narrower tiles of keys spill no less.
+# Bytes spilled, stores and loads, no more than now: where a page begins, not in the loop over its keys.
+# Narrower tiles of keys spill no less.
 SAME, HALF, FP8 = range(3)  # pages as q, e4m3 as float16, e4m3 as it is
 
 
@@ -60,10 +61,10 @@ SAME, HALF, FP8 = range(3)  # pages as q, e4m3 as float16, e4m3 as it is
         (80, 64, SAME, 0),
         (90, 64, SAME, 0),
         (120, 64, SAME, 0),
-        (80, 128, SAME, 48),
+        (80, 128, SAME, 24),
         (90, 128, SAME, 0),
-        (120, 128, SAME, 96),
-        (80, 128, HALF, 48),
+        (120, 128, SAME, 88),
+        (80, 128, HALF, 36),
         (90, 128, FP8, 0),
     ],
 )
