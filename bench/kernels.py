@@ -19,7 +19,7 @@ from cfengine.bench import command, plots
 from cfengine.bench.ceilings import Ceilings, has_fp8, measure_ceilings
 from cfengine.bench.chunk_rows import cross, gated, linears, norm, quantised, sampler
 from cfengine.bench.command import Say, several
-from cfengine.bench.page_rows import attention, store, update
+from cfengine.bench.page_rows import attention, store, updates
 from cfengine.bench.records import record
 from cfengine.bench.rows import TOLERANCE, Maker, Row
 from cfengine.bench.synthetic import SIZES
@@ -39,7 +39,7 @@ def rows(maker: Maker) -> Iterator[Row]:
     if maker.kind == "fp8":
         yield from (*quantised(maker), *linears(maker))
     else:
-        yield from (cross(maker), *sampler(maker), update(maker))
+        yield from (cross(maker), *sampler(maker), *updates(maker))
 
 
 def duplicate(tensor: torch.Tensor) -> torch.Tensor:

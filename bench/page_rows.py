@@ -1,8 +1,8 @@
-"""Operations over pages: attention, the page writer, and the rule of a layer's table."""
+"""Operations over pages: attention, the page writer, and the rules of a layer's table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from cfengine.bench.rows import Library, Maker, Row, values
 from cfengine.kernels.paged_attention.reference import paged_attention as attention_reference
 from cfengine.kernels.paged_attention.reference import shown
 from cfengine.kernels.rope import axis_pairs, spatial_table
+from cfengine.kernels.slow_fast_paper_update.cases import rule as paper_rule
 from cfengine.kernels.slow_fast_update.cases import empty_table, rule
+from cfengine.kernels.window_update.reference import WindowRule
 from cfengine.ops import reference
 
 SAMPLED = 48  # queries that are checked in float64
@@ -121,27 +123,61 @@ def store(maker: Maker) -> Row:
     )
 
 
-def update(maker: Maker) -> Row:
-    """The Slow-Fast rule of one layer, in a memory that has filled."""
+def updates(maker: Maker) -> Iterator[Row]:
+    """The rule of one layer in a memory that has filled: a row for each operation that is such a rule."""
+    memory, frames = maker.config.memory, maker.config.memory.chunk_frames
+    sizes = (memory.sink, memory.slow, memory.fast, frames)
+    slow_fast = rule(*sizes, memory.keep, memory.rope_length)
+    paper = paper_rule(*sizes, memory.rope_length)
+    window = WindowRule(memory.sink, memory.slots, frames, relative=True, whole_sink=False, scenes=False)
+    dim = 12.0 * maker.config.model.dim  # bytes: two keys read, one written
+    yield _update(
+        maker, "slow_fast_update", lambda table, beside, key, start: (table, key, start, slow_fast), traffic=dim
+    )
+    yield _update(
+        maker,
+        "slow_fast_paper_update",
+        lambda table, beside, key, start: (table, beside, key, start, paper),
+        beside=memory.slots,
+        traffic=dim,
+        clean=True,
+    )
+    yield _update(
+        maker,
+        "window_update",
+        lambda table, beside, key, start: (table, beside, start, window),
+        beside=1,
+        traffic=8.0 * 3 * memory.slots,  # ids, sources and positions read and written
+    )
+
+
+def _update(
+    maker: Maker, op: str, arguments: Callable[..., tuple], *, traffic: float, beside: int = 0, **options: bool
+) -> Row:
+    """Row of a rule. arguments(table, beside, key, start) -> operands; beside: integers that go with the table.
+
+    options: keyword arguments of the operation
+    """
     memory, dim = maker.config.memory, maker.config.model.dim
-    sizes = rule(memory.sink, memory.slow, memory.fast, memory.chunk_frames, memory.keep, memory.rope_length)
-    reference_update = reference("slow_fast_update")
+    table = empty_table(rule(memory.sink, memory.slow, memory.fast, memory.chunk_frames), dim)
+    numbers = torch.zeros(beside, dtype=torch.int32)
+    chunks = 2 * memory.slots  # the paper's rule promotes one page in two chunks at most
+    for chunk, key in enumerate(torch.randn(chunks, dim, generator=torch.Generator().manual_seed(0))):
+        reference(op)(*arguments(table, numbers, key, chunk * memory.chunk_frames), **options)
 
     def operands(seed: int) -> tuple:
-        table = empty_table(sizes, dim)
-        chunks = memory.slots // memory.chunk_frames + 1
-        keys = torch.randn(chunks, dim, generator=torch.Generator().manual_seed(seed))
-        for chunk, key in enumerate(keys):
-            reference_update(table, key, chunk * memory.chunk_frames, sizes)
-        table = type(table)(*(t.to(maker.device) for t in table))
-        return table, keys[0].to(maker.device), chunks * memory.chunk_frames, sizes
+        own = type(table)(*(t.to(maker.device, copy=True) for t in table))
+        start = maker.integers(chunks * memory.chunk_frames)  # read on the device: a graph captures the call
+        key = maker.normal(dim, seed=seed, dtype=torch.float32)
+        return arguments(own, numbers.to(maker.device, copy=True), key, start)
 
     return Row(
-        "slow_fast_update",
+        op,
         "",
         f"{memory.slots} slots, width {dim}",
         maker.kind,
         operands,
-        traffic=12.0 * dim,  # two keys read, one written
-        look=lambda result, given: [t.nan_to_num(7.0) for t in given[0]],
+        traffic=traffic,
+        options=options,
+        look=lambda result, given: [t.nan_to_num(7.0) for t in (*given[0], *(given[1:2] if beside else ()))],
     )

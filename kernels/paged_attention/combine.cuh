@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
     const int tile = split.whole() * split.blocks + cut;
     const int head = tile / tiles_per_head, token = tile % tiles_per_head * ROWS + row;
     if (token >= a.tokens) return;
-    split.units = *a.count * units_per_slot;
+    split.units = slots_attended(a.count) * units_per_slot;
 
     float top = -INFINITY, total = 0.0f, sums[kEach] = {};
     for (int block = int(int64_t(cut) * split.blocks / split.cut()); block < split.blocks; ++block) {

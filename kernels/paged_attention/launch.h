@@ -27,7 +27,7 @@ struct AttentionLaunch {
     const float* k_scale;  // (pages, heads), what a stored e4m3 number is multiplied by; null unless pages are e4m3
     const float* v_scale;
     const int32_t* page_ids;  // (slots,)
-    const int32_t* count;     // (1,), slots attended, at least 1
+    const int32_t* count;     // (1,), slots attended; 0 counts as 1 (split.cuh)
 
     // (slots, frames, pairs, 2): cosine and sine of (q_position of a frame - position of a slot) * rate of a pair of
     // channels (2 i, 2 i + 1). `pairs` is a multiple of 8, at most head_dim / 2; the temporal pairs come first, what

@@ -38,7 +38,7 @@ constexpr char kName[] = "paged_attention";
 template <class T, class P, int HEAD>
 __global__ void __launch_bounds__(kThreads, 2) attend(AttentionLaunch a, Split split, int tiles_per_head) {
     const int tiles_of_page = (a.page_tokens + kKeys - 1) / kKeys;
-    split.units = *a.count * tiles_of_page;
+    split.units = slots_attended(a.count) * tiles_of_page;
     Segment segment;
     for (int n = 0; find_segment(split, blockIdx.x, n, segment); ++n) {
         Attention<T, P, HEAD> attention(a, segment.tile / tiles_per_head, segment.tile % tiles_per_head * kRows,

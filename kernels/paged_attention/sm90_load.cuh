@@ -14,6 +14,10 @@
 
 namespace cf::sm90 {
 
+// Keys of zeros may have the scale 0, by which a masked score, -inf, must not be multiplied. Times the least scale of a
+// query, 2e-23 (sm90_e4m3.cuh), this is still a number.
+constexpr float kLeastKeyScale = 1e-15f;
+
 // Bytes of a tile of keys.
 template <class S>
 __device__ __forceinline__ int key_bytes(bool rest) {
@@ -62,7 +66,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Job& job, Shared
             float2 scales = make_float2(1.0f, 1.0f);
             if constexpr (S::kNarrow) {
                 const int64_t place = int64_t(page) * job.heads + head;
-                scales = make_float2(__ldg(job.k_scale + place), __ldg(job.v_scale + place));
+                scales = make_float2(fmaxf(__ldg(job.k_scale + place), kLeastKeyScale), __ldg(job.v_scale + place));
             }
             for (int key = 0; key < job.page_tokens; key += kKeys) {
                 const int s = ring.stage;

@@ -66,7 +66,7 @@ struct Ring {
 // The parts of `job` that are known on the device alone.
 __device__ __forceinline__ Split device_split(const Job& job) {
     Split split = job.split;
-    split.units = __ldg(job.count);
+    split.units = slots_attended(job.count);
     return split;
 }
 

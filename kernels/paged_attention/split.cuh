@@ -19,6 +19,11 @@
 
 namespace cf {
 
+// Slots that are attended. A memory counts the chunk in flight, so there is one at least; a table that nothing was
+// written to has the count 0 and page 0, of zeros, in its first slot. Attending to that slot gives zeros, as the
+// reference does, where no work at all would leave warps waiting for keys that nobody loads.
+__device__ __forceinline__ int slots_attended(const int32_t* count) { return max(__ldg(count), 1); }
+
 struct Split {
     int tiles, blocks;  // of queries; of the grid
     int units;          // key tiles of a query tile

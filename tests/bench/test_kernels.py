@@ -10,10 +10,11 @@ import torch
 from cfengine.bench import kernels
 from cfengine.bench.ceilings import Ceilings
 from cfengine.bench.chunk_rows import norm
-from cfengine.bench.page_rows import attention
+from cfengine.bench.page_rows import attention, updates
 from cfengine.bench.rows import TOLERANCE, Maker
 from cfengine.bench.synthetic import SIZES
-from cfengine.ops import OPERATIONS
+from cfengine.errors import CFEngineError
+from cfengine.ops import OPERATIONS, reference
 
 pytestmark = pytest.mark.cpu
 
@@ -30,8 +31,7 @@ def test_every_row_of_the_table(tmp_path, monkeypatch, capsys):
     assert len(names) == len(set(names))
     rows = {entry["name"]: entry for entry in records if entry["name"].startswith("kernel_")}
     for op in OPERATIONS:
-        if op not in ("slow_fast_paper_update", "window_update"):  # rules of other policies: one row stands for all
-            assert any(name.startswith(f"kernel_{op}_") for name in rows), op
+        assert any(name.startswith(f"kernel_{op}_") for name in rows), op
     for entry in rows.values():
         shape = entry["config"]
         assert entry["value"] > 0 and shape["error"] <= shape["tolerance"] and shape["timed_by"] == "clock"
@@ -39,6 +39,27 @@ def test_every_row_of_the_table(tmp_path, monkeypatch, capsys):
     fast = rows["kernel_paged_attention_21_slots_fp32_reference"]["config"]
     assert fast["over_library"] > 0 and fast["over_reference"] is None
     assert "paged_attention_21_slots_bf16_reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["slow_fast_update", "slow_fast_paper_update", "window_update"])
+def test_rules_are_checked_in_a_memory_that_has_filled(op):
+    """A rule that forgets one page is found; what is compared holds the table and the integers beside it."""
+    maker = Maker(SIZES["toy"], "cpu", "fp32")
+    (row,) = [row for row in updates(maker) if row.op == op]
+    operands = row.operands(0)
+    table = operands[0]
+    assert int(table.count) == maker.config.memory.slots and int(table.seen) == int(operands[-2])
+    right = kernels.expected(row, operands)
+    assert len(right) == len(table) + (op != "slow_fast_update")
+    call = reference(op)
+    assert kernels.check(row, call, operands, right) == 0.0
+
+    def forgetful(table, *rest, **options):
+        call(table, *rest, **options)
+        table.page_ids[3] = 0
+
+    with pytest.raises(CFEngineError, match=f"{op} .* is off by"):
+        kernels.check(row, forgetful, operands, right)
 
 
 def test_work_of_attention_is_counted_from_its_shape():

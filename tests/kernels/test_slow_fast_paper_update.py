@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cfengine.errors import KernelError
 from cfengine.kernels.slow_fast_paper_update.cases import RULES, passes, rule
@@ -58,16 +57,10 @@ def test_every_action_is_seen():
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(
-    sink=st.integers(0, 5),
-    slow=st.integers(0, 6),
-    extra=st.integers(0, 5),
-    chunk_frames=st.integers(1, 4),
-    rope_length=st.integers(4, 30),
-    seed=st.integers(0, 1000),
-)
-def test_random_rules(sink, slow, extra, chunk_frames, rope_length, seed):
+@pytest.mark.parametrize("seed", range(6))  # no hypothesis: on a GPU this runs without it
+def test_random_rules(seed):
+    draw = np.random.default_rng(seed).integers((0, 0, 0, 1, 4), (6, 7, 6, 5, 31))
+    sink, slow, extra, chunk_frames, rope_length = map(int, draw)
     compare(rule(sink, slow, chunk_frames + extra, chunk_frames, rope_length), 7, seed)
 
 

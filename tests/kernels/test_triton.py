@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from cfengine.kernels.gated_residual import cases as residual_cases
 from cfengine.kernels.gated_residual.reference import gated_residual as residual_reference
@@ -35,9 +34,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float32, torch.float16)
 pytestmark = [pytest.mark.gpu if GPU else pytest.mark.cpu]
-RANDOM = settings(
-    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+# drawn from a seed, not by hypothesis: on a GPU these run where it is not installed
+RANDOM = pytest.mark.parametrize("seed", range(8))
 
 
 def moved(operands):
@@ -54,19 +52,11 @@ def test_attention(shape, dtype, measure, widen):
 
 
 @RANDOM
-@given(
-    shape=st.builds(
-        attention_cases.Shape,
-        page_tokens=st.integers(1, 70),
-        frames=st.integers(1, 4),
-        slots=st.integers(4, 6),
-        heads=st.integers(1, 2),
-        head_dim=st.integers(1, 40).map(lambda half: 2 * half),
-    ),
-    unused=st.integers(0, 3),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_attention_over_random_shapes(shape, unused, dtype, measure, widen):
+def test_attention_over_random_shapes(seed, measure, widen):
+    draw = np.random.default_rng(seed)
+    page_tokens, frames, slots, heads, half, unused = map(int, draw.integers((1, 1, 4, 1, 1, 0), (71, 5, 7, 3, 41, 4)))
+    shape = attention_cases.Shape(page_tokens=page_tokens, frames=frames, slots=slots, heads=heads, head_dim=2 * half)
+    dtype = DTYPES[seed % len(DTYPES)]
     operands = attention_cases.make(shape, dtype, seed=1, unused=unused)
     found = paged_attention(*moved(operands)).cpu()
     assert measure(found, attention_reference(*widen(operands))) < attention_cases.TOLERANCE[dtype]
@@ -137,18 +127,11 @@ def test_store(shape, dtype, with_query, measure, widen):
 
 
 @RANDOM
-@given(
-    shape=st.builds(
-        store_cases.Shape,
-        grid=st.tuples(st.integers(1, 6), st.integers(1, 7)),
-        frames=st.integers(1, 4),
-        heads=st.integers(1, 3),
-        head_dim=st.integers(1, 40).map(lambda half: 2 * half),
-    ),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_store_of_random_shapes(shape, dtype, measure, widen):
-    compare_store(shape, dtype, 1, True, measure, widen)
+def test_store_of_random_shapes(seed, measure, widen):
+    draw = np.random.default_rng(seed)
+    rows, columns, frames, heads, half = map(int, draw.integers(1, (7, 8, 5, 4, 41)))
+    shape = store_cases.Shape(grid=(rows, columns), frames=frames, heads=heads, head_dim=2 * half)
+    compare_store(shape, DTYPES[seed % len(DTYPES)], 1, True, measure, widen)
 
 
 @pytest.mark.parametrize("rules", RULES)

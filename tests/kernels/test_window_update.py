@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cfengine.errors import KernelError
 from cfengine.kernels.slow_fast_update.cases import empty_table
@@ -63,15 +62,10 @@ def test_matches_the_python_rule(rules):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from(["sf", "ll", "lli", "ir"]),
-    chunk=st.integers(1, 4),
-    sink=st.integers(0, 4),
-    extra=st.integers(0, 9),
-    seed=st.integers(0, 1000),
-)
-def test_random_rules(kind, chunk, sink, extra, seed):
+@pytest.mark.parametrize("seed", range(3))  # no hypothesis: on a GPU this runs without it
+@pytest.mark.parametrize("kind", ["sf", "ll", "lli", "ir"])
+def test_random_rules(kind, seed):
+    chunk, sink, extra = map(int, np.random.default_rng(seed).integers((1, 0, 0), (5, 5, 10)))
     chunk = max(chunk, 3) if kind == "ir" else chunk
     compare(rule(kind, slots=max(chunk + extra, 3, sink), sink=sink, chunk_frames=chunk), 6, seed)
 
