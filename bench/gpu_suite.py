@@ -72,7 +72,7 @@ def parts(seconds: float) -> list[Part]:
     """All parts in order of importance; seconds: sustained, of a stream."""
     calm, length = ["--seconds", "0.15"], f"{seconds:g}"
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    pytest.append("--continue-on-collection-errors")  # some files need hypothesis; the others run without it
+    pytest.append("--continue-on-collection-errors")  # a file that fails to load takes no other with it
     return [
         Part("build", bench("build"), 170),
         Part("tests", [*pytest, *gpu_tests()], 80, records=False),
@@ -90,6 +90,7 @@ def parts(seconds: float) -> list[Part]:
             bench("stream", "--policy", "fifo,sink_window,relative_window,slow_fast_paper,uniform", "--seconds", "6"),
             90,
         ),
+        Part("segments", bench("segments", "--layers", "4"), 75),  # cut short: 30 layers take minutes to export
         Part("two_sessions", bench("stream", "--sessions", "2", "--seconds", "8", "--check-chunks", "0"), 40),
     ]
 

@@ -32,6 +32,7 @@ from cfengine.bench.synthetic import describe
 from cfengine.bench.timing import percentile, synchronize
 from cfengine.config import POLICIES
 from cfengine.engine import Engine
+from cfengine.errors import ConfigError
 from cfengine.session import Batch
 from cfengine.types import ChunkTimings
 
@@ -39,20 +40,23 @@ FILL_LIMIT = 100  # chunks; slow memory of the paper's rule gains at most one pa
 FIRST_FRAMES = 3  # sessions opened to time the first frame
 LEAST_CHUNKS = 4
 FIRST = "a prompt's keys and values, noise, denoise passes, decoder and copy, on a session that is open"
-OPENING = "a prompt's keys and values, pages, and on a GPU the capture of the graphs"
+OPENING = "a prompt's keys and values, and pages; on a GPU on a lane that closed sessions left, the first of all aside,"
+OPENING += " which compiles kernels and captures the graphs"
 
 
 @dataclass
 class Streamed:
     """What was seen.
 
-    periods, frames: of every round of chunks, one a session      first: (opening, first frame) of new sessions
+    periods, frames: of every round of chunks, one a session      sessions: that a round serves
+    first: (opening, first frame) of new sessions
     slots: in use in the emptiest layer, and there are      error: against the reference
     """
 
     periods: list[float]
     timings: list[ChunkTimings]
     frames: int
+    sessions: int
     first: list[tuple[float, float]]
     slots: tuple[int, int]
     peak: dict[str, float]
@@ -65,9 +69,14 @@ class Streamed:
         return self.frames / sum(self.periods)
 
     @property
+    def fps_each(self) -> float:
+        """Frames of one session over the same time; sessions in lock-step give equally many."""
+        return self.fps / self.sessions
+
+    @property
     def opening(self) -> float:
-        """Median seconds to open a session."""
-        return median(opening for opening, _ in self.first)
+        """Median seconds to open sessions where others have closed."""
+        return median(opening for opening, _ in self.first[1:])
 
     @property
     def first_frame(self) -> float:
@@ -79,18 +88,19 @@ class Streamed:
         return 1e3 * median(getattr(timing, name) for timing in self.timings)
 
 
-def first_frame(engine: Engine, seed: int) -> tuple[float, float]:
-    """(seconds to open a session, seconds from an embedded prompt to its first frames in host memory).
+def first_frame(engine: Engine, sessions: int) -> tuple[float, float]:
+    """(seconds to open sessions, seconds from their embedded prompts to the first frames of all in host memory).
 
-    Opening allocates the pages and, on a GPU, captures the graphs; the prompt comes to a session that is open, and its
-    keys and values count.
+    Opening allocates pages and captures graphs, where no closed sessions have left theirs; the prompts come to sessions
+    that are open, and their keys and values count.
     """
     opened = time.perf_counter()
-    with engine.session("anything", seed=seed) as session:
+    with engine.batch(["anything"] * sessions) as batch:
         synchronize(engine.device)
         begin = time.perf_counter()
-        session.set_prompt("something else")
-        session.next_chunk()
+        for session in batch.sessions:
+            session.set_prompt("something else")
+        batch.next_chunk()
         return begin - opened, time.perf_counter() - begin
 
 
@@ -132,11 +142,12 @@ def stream(setting: Setting, device: str, seconds: float, check_chunks: int) -> 
     with setting.engine(device) as engine:
         error = against_reference(engine, setting.precision, check_chunks) if check_chunks else None
         forget_peak(device)
-        first = [first_frame(engine, seed=i) for i in range(FIRST_FRAMES)]
+        first = [first_frame(engine, setting.sessions) for _ in range(FIRST_FRAMES)]
         with engine.batch(["anything"] * setting.sessions) as batch:
             slots = fill(batch)
             periods, timings, frames = arrivals(batch, seconds)
-        return Streamed(periods, timings, frames, first, slots, peak_memory(device), error, engine.implementations())
+        seen = periods, timings, frames, setting.sessions, first, slots
+        return Streamed(*seen, peak_memory(device), error, engine.implementations())
 
 
 def arrivals(batch: Batch, seconds: float) -> tuple[list[float], list[ChunkTimings], int]:
@@ -164,6 +175,7 @@ def shape_of(setting: Setting, seen: Streamed) -> dict:
         policy=setting.policy,
         decoder=setting.decoder,
         sessions=setting.sessions,
+        fps_each_session=seen.fps_each,
         width=config.video.width,
         height=config.video.height,
         denoise_passes=len(config.sampler.steps),
@@ -198,6 +210,11 @@ def records(setting: Setting, seen: Streamed) -> list[dict]:
     ]
 
 
+def several_sessions(seen: Streamed) -> str:
+    """How many sessions the frames belong to."""
+    return "1 session" if seen.sessions == 1 else f"{seen.sessions} sessions of {seen.fps_each:.2f} each"
+
+
 def sentence(setting: Setting, seen: Streamed) -> str:
     """What a number of frames per second means."""
     config = setting.config()
@@ -206,7 +223,7 @@ def sentence(setting: Setting, seen: Streamed) -> str:
         f"{setting.precision}, {setting.policy}: {seen.fps:.2f} frames/s over the whole period for "
         f"{sum(seen.periods):.0f} s ({config.video.width}x{config.video.height}, {used} of {slots} slots in context, "
         f"{len(config.sampler.steps)} denoise passes and the clean pass, decoder {setting.decoder}, copy to the host, "
-        f"{setting.sessions} session{'s' if setting.sessions > 1 else ''})\n"
+        f"{several_sessions(seen)})\n"
         f"    chunk {1e3 * median(seen.periods):.1f} ms: denoise {seen.part('denoise'):.1f}, clean "
         f"{seen.part('clean'):.1f}, decode {seen.part('decode'):.1f} (parts may overlap); p95 "
         f"{1e3 * percentile(seen.periods, 0.95):.1f}, p99 {1e3 * percentile(seen.periods, 0.99):.1f}\n"
@@ -247,6 +264,8 @@ def run(options: argparse.Namespace, say: Say) -> Iterator[list[dict]]:
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
     """Policies x precisions."""
+    if options.sessions < 1:
+        raise ConfigError(f"--sessions is {options.sessions}; it must be at least 1")
     policies = several(options.policy, POLICIES, "policy")
     precisions = several(options.precision, PRECISIONS, "precision")
     shared = options.decoder, options.sessions, options.size, resolution(options.resolution)

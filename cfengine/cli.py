@@ -202,6 +202,79 @@ def runnable(module) -> bool:
     return bool(spec and spec.origin and '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8"))
 
 
+export_app = typer.Typer(no_args_is_help=True, help="Write a model as ONNX graphs, and check them.")
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("onnx")
+def export_onnx(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier export in it is replaced.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help=f"Preset ({', '.join(PRESETS)}), checkpoint path or hub id.")
+    ] = "tiny-world",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16: of weights and operands.")] = "fp32",
+    sessions: Annotated[
+        str, typer.Option(help="Live videos that move in lock-step: a number, or 'open' for any number.")
+    ] = "1",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's")] = None,
+    taehv: Annotated[
+        Path | None, typer.Option(help="taew2_1 weights of TAEHV, to decode with it.", show_default=False)
+    ] = None,
+) -> None:
+    """Export segments, embeddings and decoder as ONNX graphs with standard operators, weights beside them."""
+    from cfengine import cli_export
+    from cfengine.cli_generate import pixels_of
+
+    with sentences():
+        cli_export.onnx(model, out, precision, sessions, pixels_of(size), taehv)
+
+
+@export_app.command("check")
+def export_check(
+    folder: Annotated[Path, typer.Argument(help="Folder that cfengine export onnx wrote.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Where the weights are, if not where the export took them from."),
+    ] = None,
+    taehv: Annotated[
+        Path | None, typer.Option(help="The taew2_1 weights that were exported.", show_default=False)
+    ] = None,
+) -> None:
+    """Run every graph in ONNX Runtime against torch, then a whole chunk.
+
+    Exit code 1 when an error is beyond its tolerance.
+    """
+    from cfengine import cli_export
+
+    with sentences():
+        passed = cli_export.check(folder, model, taehv)
+    raise typer.Exit(0 if passed else 1)
+
+
+@export_app.command("tensorrt")
+def export_tensorrt(
+    folder: Annotated[Path, typer.Argument(help="Folder that cfengine export onnx wrote, in bf16 or fp16.")],
+    target: Annotated[
+        str,
+        typer.Option(help="rtx: TensorRT-RTX, for RTX 30, 40 and 50, without a GPU; current: for the GPU at hand."),
+    ] = "rtx",
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8 or nvfp4.")] = "bf16",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Where the exported weights are, to calibrate fp8 and nvfp4 with."),
+    ] = None,
+    taehv: Annotated[
+        Path | None, typer.Option(help="The taew2_1 weights that were exported.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, to calibrate on.")] = "cpu",
+) -> None:
+    """Build TensorRT engines of every graph and layer; what is built already is kept."""
+    from cfengine import cli_export
+
+    with sentences():
+        cli_export.tensorrt(folder, target, precision, model, taehv, device)
+
+
 def main() -> None:
     """Entry point of the `cfengine` command."""
     app()

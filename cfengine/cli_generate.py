@@ -80,13 +80,8 @@ class Request:
 
     @property
     def pixels(self) -> tuple[int, int] | None:
-        """(width, height) of --size, or None where it was not given; ConfigError for anything but WIDTHxHEIGHT."""
-        if self.size is None:
-            return None
-        width, found, height = self.size.lower().partition("x")
-        if not (found and width.isdecimal() and height.isdecimal()):
-            raise ConfigError(f"--size is {self.size!r}; give WIDTHxHEIGHT in pixels, such as 832x480")
-        return int(width), int(height)
+        """See `pixels_of`."""
+        return pixels_of(self.size)
 
     def frame_count(self, fps: float) -> int:
         """Video frames to make: at least --seconds of them."""
@@ -94,6 +89,16 @@ class Request:
 
     def scale_for(self, width: int) -> int:
         return self.scale or (SMALL_SCALE if width <= SMALL else 1)
+
+
+def pixels_of(size: str | None) -> tuple[int, int] | None:
+    """(width, height) of --size, or None where it was not given; ConfigError for anything but WIDTHxHEIGHT."""
+    if size is None:
+        return None
+    width, found, height = size.lower().partition("x")
+    if not (found and width.isdecimal() and height.isdecimal()):
+        raise ConfigError(f"--size is {size!r}; give WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(width), int(height)
 
 
 class Stopped(KeyboardInterrupt):

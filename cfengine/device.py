@@ -10,12 +10,17 @@ from contextlib import contextmanager
 import torch
 
 from cfengine.config import EngineConfig
-from cfengine.errors import ConfigError, DeviceError
+from cfengine.errors import ConfigError, DeviceError, KernelError
 
 LEAST_CAPABILITY = (8, 0)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_FULL = re.compile(r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
-_LOST = re.compile(r"CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(?!NOT_SUPPORTED)|Triton Error \[CUDA\]")
+# torch, Triton, libraries, and (CUDA says) the compiled extension each have words of their own
+_FULL = re.compile(
+    r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+    r"|CUDA says cudaErrorMemoryAllocation"
+)
+_NOT_BUILT = re.compile(r"no kernel image|unsupported toolchain|driver version is insufficient")
+_LOST = re.compile(r"CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(?!NOT_SUPPORTED)|Triton Error \[CUDA\]|CUDA says")
 
 
 def check_device(device: torch.device | str) -> None:
@@ -101,17 +106,24 @@ def _size(count: float) -> str:
 
 @contextmanager
 def device_errors(config: EngineConfig, device: torch.device | str | None, itemsize: int = 2) -> Iterator[None]:
-    """Turn what torch raises of a GPU that is full or lost into a DeviceError; other errors pass."""
+    """Turn what is raised of a GPU that is full, lost or not built for into a DeviceError; other errors pass."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise _full(str(error), config, device, itemsize) from error
-    except RuntimeError as error:
+    except (RuntimeError, KernelError) as error:
         if _FULL.search(str(error)):
             raise _full(str(error), config, device, itemsize) from error
         if not _LOST.search(str(error)):
             raise
         first = str(error).split("\n")[0].rstrip(".")
+        if _NOT_BUILT.search(first):
+            has = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            raise DeviceError(
+                f"what runs on '{device}' is not built for its compute capability {has} and its driver ({first}); "
+                "update the NVIDIA driver, install a torch build for this GPU, or build the extension on this machine: "
+                "pip install -e ."
+            ) from error
         raise DeviceError(
             f"the GPU '{device}' failed ({first}); sessions on it are closed and the frames that they gave stay good, "
             "but this process cannot use the GPU any more: start a new one"

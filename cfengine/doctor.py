@@ -33,6 +33,7 @@ PACKAGES = (
     ("diffusers", "diffusers", "the Wan VAE", "wan"),
     ("onnx", "onnx", "export", "export"),
     ("onnxruntime", "onnxruntime", "export, checked on any CPU", "export"),
+    ("tensorrt-rtx", "tensorrt_rtx", "engines for RTX GPUs, built without one", "tensorrt"),
 )
 
 

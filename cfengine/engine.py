@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cfengine.codec import Codec, load_codec
-from cfengine.config import PRESETS, EngineConfig, cache_dir, preset, with_policy
+from cfengine.config import PRESETS, EngineConfig, PrecisionConfig, cache_dir, preset, with_policy
 from cfengine.config import precision as config_precision
 from cfengine.device import check_device, check_fits, device_errors, page_bytes
-from cfengine.errors import CFEngineError, ConfigError, PromptError
+from cfengine.errors import CFEngineError, ConfigError, DeviceError, PromptError
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import CachedTextEncoder, TextEncoder
@@ -27,12 +28,15 @@ from cfengine.scheduler.batch import per_session
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.device_lane import DeviceLane
 from cfengine.scheduler.graphs import CudaRuntime, check_captured
+from cfengine.scheduler.idle import IdleLanes
 from cfengine.scheduler.lane import HostLane, Lane
 from cfengine.scheduler.sampler import Schedule
+from cfengine.segments.exported import GraphSegments
 from cfengine.segments.torch import TorchSegments
 from cfengine.session import Batch, Session, check_num_frames, check_seed
 from cfengine.types import Frame
 
+BACKENDS = ("torch", "onnxruntime", "tensorrt", "auto")  # what runs segments; auto: the faster one on this GPU
 WEIGHTS = Path(__file__).parent / "weights"  # what the package ships
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,10 +59,14 @@ class Engine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         graphs: bool = True,
+        backend: str = "torch",
+        exported: str | Path | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Take ready parts; `from_pretrained` loads them. model is moved to device and dtype and laid out here.
 
         graphs: on a GPU, replay captured passes; without, every kernel is launched anew, as a profile by name needs
+        backend, exported, progress: see `from_pretrained`
         """
         self.config, self.codec, self.text = config, codec, text
         self.device, self.dtype = device, dtype
@@ -77,11 +85,13 @@ class Engine:
             missing_bytes = sum(p.nbytes for p in model.parameters() if p.device.type != "cuda")
             check_fits(f"the model of {config.name!r}", missing_bytes, config, device, dtype.itemsize)
         with device_errors(config, device, dtype.itemsize):
-            self.model = model.to(device=device, dtype=dtype).prepare(config.precision)
+            self.model = model.to(device=device, dtype=dtype).prepare(_rounded(config, backend))
         if _device_type(device) == "cuda":
             self._runtime = CudaRuntime(device, graphs=graphs)
+        self._segments = self._open_segments(backend, exported, progress)
         self._scheduler = self._make_scheduler(self.ops)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._idle = IdleLanes()
         self._closed = False
 
     @classmethod
@@ -98,6 +108,9 @@ class Engine:
         precision: str | None = None,
         threads: int | None = None,
         graphs: bool = True,
+        backend: str = "torch",
+        exported: str | Path | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
         """Load a preset, a local checkpoint (file or folder) or a hub id.
 
@@ -107,12 +120,17 @@ class Engine:
         size: (width, height) in pixels      taehv: `taew2_1` weights (file, folder or hub id) to decode with, not the
         Wan VAE      precision: "bf16" (products and pages in dtype) or "fp8" (e4m3, see `PrecisionConfig`)
         threads: for torch and the compiled kernels, process-wide      graphs: see `Engine`
-        Raises ConfigError, CheckpointError, KernelError or DeviceError.
+        backend: what runs the segments between the attentions: "torch", "onnxruntime" (CPU, float32), "tensorrt" (GPU,
+        bfloat16; engines are built on first use) or "auto" (torch, or TensorRT where it measured faster on this GPU)
+        exported: folder of `cfengine export`; without one the backend exports into the cache on first use, and calls
+        progress(what, done, total) before each step
+        Raises ConfigError, CheckpointError, KernelError, ExportError or DeviceError.
         """
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1")
         if _device_type(device) != "cpu":
             check_device(device)
+        check_backend(backend, exported)
         name = str(source)
         if config is None:
             config = cls._config_of(name)
@@ -145,7 +163,18 @@ class Engine:
             model.load_state_dict(load_dit(dit, config.model, dtype=kind, device=device), assign=True)
             encoder = _text_encoder(config, text, device)
             pixels = load_codec(config, codec, device, torch.float32 if _device_type(device) == "cpu" else kind)
-        return cls(config, model, pixels, encoder, device=device, dtype=kind, graphs=graphs)
+        return cls(
+            config,
+            model,
+            pixels,
+            encoder,
+            device=device,
+            dtype=kind,
+            graphs=graphs,
+            backend=backend,
+            exported=exported,
+            progress=progress,
+        )
 
     @staticmethod
     def _config_of(name: str) -> EngineConfig:
@@ -168,7 +197,7 @@ class Engine:
         self._check_open()
         if not isinstance(prompt, str) or not prompt.strip():
             raise PromptError("the prompt is empty; say what the video shows")
-        with torch.inference_mode(), self._queue():
+        with device_errors(self.config, self.device, self.dtype.itemsize), torch.inference_mode(), self._queue():
             return self.model.project_text(self.text.encode(prompt).to(self.device))
 
     def _queue(self) -> AbstractContextManager:
@@ -176,10 +205,39 @@ class Engine:
         return self._runtime.on(self._runtime.compute) if self._runtime else nullcontext()
 
     def _make_scheduler(self, ops: Ops) -> ChunkScheduler:
-        segments = TorchSegments(self.model, ops, self.config.grid)
-        return ChunkScheduler(self.model, segments, Schedule(self.config.sampler))
+        return ChunkScheduler(self.model, self._segments(ops), Schedule(self.config.sampler))
+
+    def _open_segments(self, backend: str, exported, progress) -> Callable[[Ops], TorchSegments | GraphSegments]:
+        """What makes segments around given operations."""
+        check_backend(backend, exported)
+        if backend == "torch":
+            return partial(TorchSegments, self.model, grid=self.config.grid)
+        if backend in ("tensorrt", "auto"):
+            from cfengine.export.tensorrt_backend import open_fastest, open_tensorrt
+
+            opener = open_tensorrt if backend == "tensorrt" else open_fastest
+            with self._queue():
+                found = opener(
+                    self.config, self.model, self.ops, self.text.encode, folder=exported, progress=progress
+                )
+            return found.with_ops if found else partial(TorchSegments, self.model, grid=self.config.grid)
+        from cfengine.export.backend import open_onnx  # late: it may need the packages of the extra `export`
+
+        return open_onnx(self.config, self.model, self.ops, folder=exported, progress=progress).with_ops
 
     def _open_lane(self, seeds: list[int]) -> Lane:
+        """A lane for new sessions, one a seed: one that was left, or a new one, which idle ones make room for."""
+        lane = self._idle.take(seeds)
+        if lane is not None:
+            return lane
+        try:
+            return self._new_lane(seeds)
+        except DeviceError:
+            if not self._idle.drop():
+                raise
+        return self._new_lane(seeds)
+
+    def _new_lane(self, seeds: list[int]) -> Lane:
         """Pages, tables and decoders of new sessions, one a seed, and what runs them."""
         config, runtime, scheduler, sessions = self.config, self._runtime, self._scheduler, len(seeds)
         if sessions > 1:
@@ -197,12 +255,14 @@ class Engine:
             return DeviceLane(scheduler, config, memories, decoders, seeds, runtime)
 
     def session(self, prompt: str, *, seed: int = 0, latents: torch.Tensor | None = None) -> Session:
-        """Open a live video. latents (frames, channels, height, width), if given, are its past (whole chunks)."""
+        """Open a live video. latents (frames, channels, height, width), if given, are its past (whole chunks).
+
+        On a GPU, pages and captured graphs of a closed session serve the next one; they are let go where memory is
+        short, and when the engine is closed.
+        """
         self._check_open()
         check_seed(seed)
-        lane = self._open_lane([seed])
-        session = Session(self.config, lane, self.encode_prompt, prompt, seed, self._sessions.discard)
-        self._sessions.add(session)
+        (session,), _ = self._open([prompt], [seed])
         if latents is not None:
             try:
                 session.prime(latents)
@@ -219,22 +279,41 @@ class Engine:
             raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one, and a seed each")
         for seed in seeds:
             check_seed(seed)
+        return Batch(*self._open(prompts, seeds))
+
+    def _open(self, prompts: Sequence[str], seeds: list[int]) -> tuple[list[Session], Lane]:
+        """Sessions of one lane, which close together, and the lane."""
         lane = self._open_lane(seeds)
         sessions: list[Session] = []
-
-        def on_close(session: Session) -> None:
-            self._sessions.discard(session)
-            for other in sessions:
-                other.close()
-
+        members: weakref.WeakSet[Session] = weakref.WeakSet()  # a session that is dropped takes its lane along
+        on_close = partial(self._on_close, lane, members)
         try:
             for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 sessions.append(Session(self.config, lane, self.encode_prompt, prompt, seed, on_close, place=place))
+                members.add(sessions[-1])
                 self._sessions.add(sessions[-1])
-        except BaseException:
-            Batch(sessions, lane).close()
+        except BaseException as error:
+            if not isinstance(error, PromptError):  # which leaves the lane as it was
+                lane.close()
+            for session in sessions:
+                session.close()
+            self._keep(lane)
             raise
-        return Batch(sessions, lane)
+        return sessions, lane
+
+    def _on_close(self, lane: Lane, members: weakref.WeakSet[Session], session: Session) -> None:
+        """Close the other sessions of a lane, which is free when the last is closed."""
+        self._sessions.discard(session)
+        for other in list(members):
+            other.close()
+        self._keep(lane)
+
+    def _keep(self, lane: Lane) -> None:
+        """Keep what was captured for the next sessions; harmless twice."""
+        if isinstance(lane, DeviceLane):
+            self._idle.keep(lane)
+        else:
+            lane.close()  # nothing in it took time to make
 
     def stream(self, prompt: str, *, seed: int = 0, num_frames: int | None = None) -> Iterator[Frame]:
         """Yield frames as soon as each chunk is decoded, before its clean pass.
@@ -260,14 +339,30 @@ class Engine:
         """Close every session and let the weights go; harmless twice."""
         for session in list(self._sessions):
             session.close()
+        self._idle.drop()
         self._closed = True
-        self.model = self.codec = self.text = self._scheduler = self._runtime = None
+        self.model = self.codec = self.text = self._scheduler = self._segments = self._runtime = None
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _rounded(config: EngineConfig, backend: str) -> PrecisionConfig:
+    """What to round when the model is laid out: TensorRT rounds products by itself, from the weights as they are."""
+    if backend in ("tensorrt", "auto"):
+        return dataclasses.replace(config.precision, linears="bf16")
+    return config.precision
+
+
+def check_backend(backend: str, exported: str | Path | None = None) -> None:
+    """Raise ConfigError for a backend that there is not, or a folder that it does not read."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if exported is not None and backend == "torch":
+        raise ConfigError(f"backend 'torch' reads no export, but exported is {str(exported)!r}; choose 'onnxruntime'")
 
 
 def used_operations(rule: str) -> list[str]:

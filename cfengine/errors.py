@@ -27,3 +27,7 @@ class KernelError(CFEngineError):
 
 class DeviceError(CFEngineError):
     """A GPU that is too old, too full, without a driver that serves it, or lost."""
+
+
+class ExportError(CFEngineError):
+    """A graph or an engine that cannot be made, is damaged, or was made for another model, version or GPU."""

@@ -47,7 +47,7 @@ _BUILT: dict[str, dict[str, tuple[str, ...]]] = {
 }
 OPERATIONS = tuple(_BUILT)
 _WIDE_ONLY = {(op, "cpu") for op in ("paged_attention", "qk_norm_rope_store", "modulated_norm", "gated_residual")}
-_READ_BY_HOST = {("paged_attention", "sdpa"), ("paged_attention", "rounding")} | {
+_READ_BY_HOST = {("paged_attention", "rounding")} | {
     (op, "reference")
     for op in (
         "paged_attention",

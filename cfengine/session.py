@@ -38,7 +38,7 @@ class Session:
         *,
         place: int = 0,
     ) -> None:
-        """place: of the session among those of its lane."""
+        """on_close: told once; whoever opened the lane has it back then      place: among the sessions of the lane."""
         self.config, self.seed = config, seed
         self.latents: Tensor | None = None  # of the newest chunk: (chunk_frames, channels, height, width) float32
         self._lane: Lane | None = lane
@@ -168,8 +168,7 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the session cannot be used afterwards. Closing twice is harmless."""
         if not self.closed:
-            lane, self._lane, self._encode, self._caches = self._lane, None, None, []
-            lane.close()
+            self._lane, self._encode, self._caches = None, None, []
             self._on_close(self)
 
     def __enter__(self) -> Session:
@@ -214,14 +213,16 @@ class Batch:
 
 @contextmanager
 def closing_on_error(sessions: list[Session]) -> Iterator[None]:
-    """Close sessions when work on a chunk is cut short, and say in one sentence what a GPU reported."""
-    config = sessions[0].config
-    keys = None if sessions[0].closed else sessions[0].memory.pool.k
-    place = (None, 2) if keys is None else (keys.device, keys.element_size())
+    """Close sessions, and for good their lane, when work on a chunk is cut short; one sentence for what a GPU reports.
+
+    sessions: of one lane, open
+    """
+    lane, config, keys = sessions[0]._lane, sessions[0].config, sessions[0].memory.pool.k
     try:
-        with device_errors(config, *place):
+        with device_errors(config, keys.device, keys.element_size()):
             yield
     except BaseException:
+        lane.close()  # it is half a chunk ahead, or its GPU is lost: nobody may have it again
         for session in sessions:
             session.close()
         raise

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.errors import PromptError
@@ -91,3 +92,26 @@ def toy_engine():
     yield make
     for engine in engines:
         engine.close()
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes a host wait for a device, or a graph freeze a value: reads of numbers, tensors of literals."""
+
+    REFUSED = (
+        "aten.item",
+        "aten._local_scalar_dense",
+        "aten.nonzero",
+        "aten.equal",
+        "aten.lift_fresh",
+        "aten.is_nonzero",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not str(func).startswith(self.REFUSED), f"the host takes part: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_reads():
+    """A context in which the host may not take part."""
+    return NoReads()

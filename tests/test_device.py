@@ -114,9 +114,38 @@ def test_a_lost_gpu_closes_the_session_and_keeps_the_frames(toy_engine, monkeypa
     assert all(frame.pixels.shape == (32, 48, 3) for frame in frames)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors ..."),
+        RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
+        KernelError("paged_attention: CUDA says cudaErrorUnsupportedPtxVersion, the provided PTX was compiled with an "
+                    "unsupported toolchain."),
+    ],
+)  # fmt: skip
+def test_kernels_for_other_gpus(gpu, error):
+    gpu(get_device_capability=(12, 0))
+    with pytest.raises(DeviceError) as caught, device_errors(WAN, torch.device("cuda:0")):
+        raise error
+    for words in ("'cuda:0'", "compute capability 12.0", str(error).split("\n")[0].rstrip("."), "pip install -e ."):
+        assert words in str(caught.value)
+    assert "new one" not in str(caught.value)  # the process goes on
+
+
+def test_what_the_extension_reports_is_a_device_error_too(gpu):
+    gpu(mem_get_info=(GIB, 140 * GIB))
+    with pytest.raises(DeviceError, match="failed .paged_attention: CUDA says cudaErrorIllegalAddress.*new one"):
+        with device_errors(WAN, "cuda:0"):
+            raise KernelError("paged_attention: CUDA says cudaErrorIllegalAddress, an illegal memory access")
+    with pytest.raises(DeviceError, match="out of memory.*slots"), device_errors(WAN, "cuda:0"):
+        raise KernelError("paged_attention: CUDA says cudaErrorMemoryAllocation, out of memory")
+
+
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="shapes"), device_errors(WAN, None):
         raise RuntimeError("shapes do not match")
+    with pytest.raises(KernelError, match="heads"), device_errors(WAN, None):
+        raise KernelError("heads of k_pages are 2 but heads of q are 3")
 
 
 def test_what_cannot_be_captured_is_refused():

@@ -49,7 +49,7 @@ class NoiseAhead:
         return self._buffers[self._turn]
 
     def draw(self, wanted: list[tuple[int, int]]) -> None:
-        self._turn = 1 - self._turn
+        self._turn, self._drawn = 1 - self._turn, None  # until all of it is there
         for step, noise in enumerate(self._buffers[self._turn]):
             for place, out in enumerate(noise):
                 seed, first = wanted[place // self._frames]
@@ -69,6 +69,8 @@ class HostBuffers:
 class DeviceLane:
     """See `Lane`. Everything is allocated, warmed up and captured here; a chunk then only fills, replays and waits.
 
+    Since that takes seconds, a lane outlives its sessions: `reset` makes it new, `expect` names who comes next.
+
     compute:  noise in | denoise graph | tables out | clean graph | ...
     decoding:                          | decoder graph | frames out |
     """
@@ -82,41 +84,54 @@ class DeviceLane:
         seeds: list[int],
         runtime: Any,
     ) -> None:
-        """seeds: whose noise is drawn now      runtime: a `CudaRuntime`, or what does without a GPU what it does."""
+        """seeds: see `expect`      runtime: a `CudaRuntime`, or what does without a GPU what it does."""
         self.memories, self._runtime = memories, runtime
         video, frames = config.video, config.memory.chunk_frames
         self._frames = frames
         with runtime.on(runtime.compute), torch.inference_mode():
-            self._program = ChunkProgram(scheduler, config, memories)
-            self._capture_passes()
-            self._shown = [memory.show() for memory in memories]
+            self._program = program = ChunkProgram(scheduler, config, memories)
+            self._run_denoise, self._run_clean = self._capture(program.denoise, program.clean, runtime.compute)
         with runtime.on(runtime.decoding), torch.inference_mode():
-            parts = self._program.x0.chunk(len(memories))
+            parts = program.x0.chunk(len(memories))
             self._decode = [DecodeProgram(*pair) for pair in zip(decoders, map(torch.zeros_like, parts), strict=True)]
-            self._draw = [self._capture_decoder(program) for program in self._decode]
+            self._draw = [self._capture(each.first, each.later, runtime.decoding) for each in self._decode]
         shape = (frames * video.temporal_stride, video.height, video.width, 3)
         self._host = [self._host_buffers(shape) for _ in range(2)]
-        noise = self._program.noise
+        noise = program.noise
         self._noise = NoiseAhead([runtime.pinned(tuple(noise.shape), noise.dtype) for _ in range(2)], frames)
-        self._noise.draw([(seed, 0) for seed in seeds])
         self._marks = [Marks(*(runtime.event() for _ in range(5))) for _ in range(2)]
+        self.reset()
+        self.expect(seeds)
+
+    def _capture(self, first: Any, second: Any, stream: Any) -> tuple[Any, Any]:
+        """Both calls captured; they run once before: a capture can neither compile kernels nor compute constants."""
+        first()
+        second()
+        return self._runtime.capture(first, stream), self._runtime.capture(second, stream)
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forget what was, so that new sessions find what a new lane shows them; waits for what is queued.
+
+        Decoders need no word: a first chunk reads no past, and writes all of it for those that follow.
+        """
+        self._wait()
+        with self._runtime.on(self._runtime.compute):
+            for memory in self.memories:
+                memory.reset()
+            self._shown = [memory.show() for memory in self.memories]
+        for prompt in self._program.prompts:
+            prompt.forget()
         self._chunks = 0  # launched, given ones included
         self._cleaned: Marks | None = None  # of the chunk before, if it was generated
 
-    def _capture_passes(self) -> None:
-        runtime, program = self._runtime, self._program
-        program.denoise()  # compiles kernels and computes constants, which a capture cannot
-        program.clean()
-        self._run_denoise = runtime.capture(program.denoise, runtime.compute)
-        self._run_clean = runtime.capture(program.clean, runtime.compute)
-        for memory in self.memories:
-            memory.reset()
+    def expect(self, seeds: list[int]) -> None:
+        """Draw the noise of the first chunk of new sessions, one seed each."""
+        self._noise.draw([(seed, 0) for seed in seeds])
 
-    def _capture_decoder(self, program: DecodeProgram) -> tuple[Any, Any]:
-        for draw in (program.first, program.later):
-            draw()
-        capture, stream = self._runtime.capture, self._runtime.decoding
-        return capture(program.first, stream), capture(program.later, stream)
+    def _wait(self) -> None:
+        for stream in (self._runtime.compute, self._runtime.decoding):
+            stream.synchronize()
 
     def _host_buffers(self, shape: tuple[int, ...]) -> HostBuffers:
         pinned = self._runtime.pinned
@@ -216,8 +231,7 @@ class DeviceLane:
     def close(self) -> None:
         """See `Lane.close`; what is still queued is waited for, since it reads what is let go."""
         with suppress(RuntimeError):  # a lost GPU has nothing left to wait for
-            for stream in (self._runtime.compute, self._runtime.decoding):
-                stream.synchronize()
+            self._wait()
         self.memories, self._decode, self._draw, self._program = [], [], [], None
         self._run_denoise = self._run_clean = None
 

@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 class Lane(Protocol):
     """Interface of every lane; memories and steps have one entry a session."""
 
-    memories: list[Memory]
+    memories: list[Memory]  # none once it is closed
 
     def run(self, steps: list[Step]) -> list[Chunk]:
         """Generate the next chunk of every session."""

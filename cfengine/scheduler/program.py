@@ -45,6 +45,10 @@ class PromptBuffers:
             place.v[:keys].copy_(cache.v, non_blocking=True)
         self._held = caches
 
+    def forget(self) -> None:
+        """Let go of the prompt that was taken over; a pass needs another one first."""
+        self._held = None
+
 
 class ChunkProgram:
     """The passes of a chunk, of one session or of several in lock-step.

@@ -1,24 +1,27 @@
 """Drive golden traces through the engine's own policies, model and operations, and report every difference.
 
-    python -m cfengine.testing.replay FILE_OR_DIR... [--impl reference|cpu|triton|cuda]
+    python -m cfengine.testing.replay FILE_OR_DIR... [--impl reference|cpu|triton|cuda|sdpa] [--device cpu|cuda]
+                                      [--dtype float32|float16|bfloat16]
 
-Traces are float32. CUDA attention takes 16 bits and passes float32 on to Triton, so `cuda` shows the way it is called.
+Traces were recorded in float32. In a type of 16 bits weights, activations and pages are rounded to it; tables, actions
+and counters must still be the recorded ones, and a decision that the type cannot settle is refused. CUDA attention
+takes 16 bits and passes float32 on to Triton.
 
-Exit code 0: within tolerance.  1: a tensor, table, action or counter differs.  2: a trace that cannot be read, or an
-implementation that is not built.
+Exit code 0: within tolerance.  1: a tensor, table, action or counter differs.  2: a trace that cannot be read or that
+the type cannot settle, or an implementation that is not built.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cfengine.config import triton_interpreted
+from cfengine.config import EngineConfig, triton_interpreted
 from cfengine.errors import CFEngineError
 from cfengine.kernels.rope import axis_pairs, rotate, spatial_table
 from cfengine.kernels.slow_fast_update.reference import ACTIONS
@@ -29,53 +32,12 @@ from cfengine.ops import Ops, select
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import Schedule
 from cfengine.scheduler.scenes import timeline
+from cfengine.segments.exported import GraphSegments
 from cfengine.segments.torch import TorchSegments
+from cfengine.testing.report import DTYPES, TOLERANCE, Report
 from cfengine.testing.traces import Trace, TraceError, dit_config, load_trace, memory_config
 
-# The traces and the engine both compute in float32 with different summation orders; a float64 replay of the traces
-# differs by less than 1e-6, and wrong rules by more than 1e-2, so 1e-4 separates rounding from mistakes.
-TOLERANCE = 1e-4
-SIMILARITY_TOLERANCE = 1e-4
-
-
-class Report:
-    """Largest relative error per tensor, and every mismatch of a table, action or counter."""
-
-    def __init__(self) -> None:
-        self.errors: dict[str, float] = {}
-        self.mismatches: list[str] = []
-        self.ignored: list[str] = []  # results in the file that nothing was compared with
-
-    def tensor(self, name: str, got: Tensor, expected: Tensor, scale: float | None = None) -> None:
-        """Record max|got - expected| / max|expected|; `scale` replaces the denominator (for parts of a tensor)."""
-        if got.shape != expected.shape:
-            self.mismatches.append(f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-            return
-        difference = (got.double() - expected.double()).abs().max().item()
-        scale = scale if scale is not None else expected.double().abs().max().item()
-        error = difference / scale if scale else difference
-        self.errors[name] = max(self.errors.get(name, 0.0), error if math.isfinite(error) else math.inf)
-
-    def equal(self, where: str, got: object, expected: object) -> None:
-        if got != expected:
-            self.mismatches.append(f"{where}: {got}, expected {expected}")
-
-    def similarity(self, where: str, got: float, expected: float | None) -> None:
-        if expected is None or math.isnan(got):
-            self.equal(f"{where} sim", None if math.isnan(got) else got, expected)
-            return
-        error = abs(got - expected)
-        self.errors["sim"] = max(self.errors.get("sim", 0.0), error)
-        if error > SIMILARITY_TOLERANCE:
-            self.mismatches.append(f"{where} sim: {got:.6f}, expected {expected:.6f}")
-
-    @property
-    def worst(self) -> tuple[float, str]:
-        return max(((error, name) for name, error in self.errors.items()), default=(0.0, "-"))
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.mismatches) or self.worst[0] > TOLERANCE
+GPU_IMPLS = ("triton", "cuda", "sdpa")
 
 
 def check_table(report: Report, where: str, memory: Memory, layer: int, page_tokens: int, expected: dict) -> None:
@@ -106,19 +68,20 @@ def check_table(report: Report, where: str, memory: Memory, layer: int, page_tok
         if name in expected:
             report.equal(f"{where} {name}", value, expected[name])
     if "sim" in expected:
-        report.similarity(where, float(table.similarity), expected["sim"])
+        report.similarity(where, float(table.similarity), expected["sim"], memory.policy.rule.threshold)
 
 
 def slot_norms(memory: Memory, layer: int) -> tuple[Tensor, Tensor]:
     """L2 norms of what each slot shows: keys, values, (slots,) each; rotations do not change them."""
     ids = memory.tables.layers[layer].page_ids.long()
-    return memory.pool.k[layer, ids].flatten(1).norm(dim=1), memory.pool.v[layer, ids].flatten(1).norm(dim=1)
+    keys, values = (pages[layer, ids].float().flatten(1).norm(dim=1) for pages in (memory.pool.k, memory.pool.v))
+    return keys, values
 
 
 def raw_keys(memory: Memory, layer: int) -> Tensor:
     """Keys of every slot with the spatial rotation undone: (slots * page_tokens, heads, head_dim)."""
     ids = memory.tables.layers[layer].page_ids.long()
-    pages = memory.pool.k[layer, ids]
+    pages = memory.pool.k[layer, ids].float()
     head_dim = pages.shape[-1]
     table = spatial_table(*memory.grid, head_dim, memory.theta).to(pages.device)
     angle = -torch.atan2(table[..., 1].double(), table[..., 0].double())[:, None]
@@ -126,19 +89,19 @@ def raw_keys(memory: Memory, layer: int) -> Tensor:
 
 
 @torch.inference_mode()
-def replay_memory(trace: Trace, ops: Ops) -> Report:
+def replay_memory(trace: Trace, ops: Ops, dtype: torch.dtype) -> Report:
     """One self-attention module: projections, memory, output projection, pass by pass."""
-    config, report = memory_config(trace), Report()
+    config, report = memory_config(trace), Report(dtype)
     module = Attention(config.model)
     state = {name.removeprefix("self_attn."): t for name, t in trace.tensors.items() if name.startswith("self_attn.")}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise TraceError(f"{trace.path}: weights do not fit: {error}") from error
-    module.to(trace.device)
-    memory = Memory(config, ops, torch.float32, trace.device)
+    module.to(trace.device, dtype)
+    memory = Memory(config, ops, dtype, trace.device)
     norms = (module.norm_q.weight, module.norm_k.weight)
-    inputs, steps = trace.tensor("x"), trace.value("steps")
+    inputs, steps = trace.tensor("x").to(dtype), trace.value("steps")
     if len(steps) != len(inputs):
         raise TraceError(f"{trace.path}: {len(inputs)} inputs but {len(steps)} steps")
     frames = config.memory.chunk_frames
@@ -168,11 +131,20 @@ def live_rows(embeds: Tensor) -> Tensor:
     return embeds[: int(used[-1]) + 1 if len(used) else 1]
 
 
+def make_segments(backend: str, config: EngineConfig, model: CausalDiT, ops: Ops) -> TorchSegments | GraphSegments:
+    """Segments of a backend; the others export the trace's model into the cache first."""
+    if backend == "torch":
+        return TorchSegments(model, ops, config.grid)
+    from cfengine.export.backend import open_onnx
+
+    return open_onnx(config, model, ops)
+
+
 class _DitReplay:
     """A whole model and its sampler against a trace."""
 
-    def __init__(self, trace: Trace, ops: Ops) -> None:
-        self.trace, self.config, self.report = trace, dit_config(trace), Report()
+    def __init__(self, trace: Trace, ops: Ops, dtype: torch.dtype, backend: str) -> None:
+        self.trace, self.config, self.report = trace, dit_config(trace), Report(dtype)
         config = self.config
         self.model = CausalDiT(config.model)
         state = {name.removeprefix("model."): t for name, t in trace.tensors.items() if name.startswith("model.")}
@@ -180,11 +152,11 @@ class _DitReplay:
             self.model.load_state_dict(state)
         except RuntimeError as error:
             raise TraceError(f"{trace.path}: weights do not fit: {error}") from error
-        self.model.to(trace.device).prepare()
-        segments = TorchSegments(self.model, ops, config.grid)
+        self.model.to(trace.device, dtype).prepare()
+        segments = make_segments(backend, config, self.model, ops)
         schedule = Schedule(config.sampler)
         self.scheduler = ChunkScheduler(self.model, segments, schedule)
-        self.memory = Memory(config, ops, torch.float32, trace.device)
+        self.memory = Memory(config, ops, dtype, trace.device)
         self.passes = len(schedule.warped) + 1
         if "warped_steps" in trace.meta:
             self.report.tensor("warped_steps", torch.tensor(schedule.warped), torch.tensor(trace.meta["warped_steps"]))
@@ -218,7 +190,7 @@ class _DitReplay:
     def check_embeddings(self, index: int, timestep: float, embeds: Tensor) -> None:
         prefix, model = f"dbg.{index:03d}.", self.model
         e = model.embed_time(timestep)
-        text = model.text_embedding(embeds)
+        text = model.text_embedding(embeds.to(model.dtype))
         for name, got in (
             ("time_embedding", e),
             ("time_projection", model.project_time(e).flatten()),
@@ -297,16 +269,22 @@ class _DitReplay:
 
 
 @torch.inference_mode()
-def replay_dit(trace: Trace, ops: Ops) -> Report:
+def replay_dit(trace: Trace, ops: Ops, dtype: torch.dtype, backend: str) -> Report:
     """Replay a whole-model trace."""
-    return _DitReplay(trace, ops).run()
+    return _DitReplay(trace, ops, dtype, backend).run()
 
 
-def replay(path: Path, ops: Ops, device: str = "cpu") -> Report:
-    """Replay the trace at `path` on a device; TraceError where the file is missing or malformed."""
+def replay(
+    path: Path, ops: Ops, device: str = "cpu", dtype: torch.dtype = torch.float32, backend: str = "torch"
+) -> Report:
+    """Replay the trace at `path` on a device, in a type; TraceError where the file is missing or malformed.
+
+    backend: what runs the segments of a whole-model trace
+    """
     trace = load_trace(path).to(device)
     try:
-        report = (replay_memory if trace.meta["kind"] == "memory" else replay_dit)(trace, ops)
+        whole = trace.meta["kind"] != "memory"
+        report = replay_dit(trace, ops, dtype, backend) if whole else replay_memory(trace, ops, dtype)
         given = ("model.", "self_attn.", "in.")
         report.ignored = [n for n in trace.tensors if n != "x" and not n.startswith(given) and n not in report.errors]
         return report
@@ -329,54 +307,72 @@ def expand(arguments: list[str]) -> list[Path]:
     return paths
 
 
-def replay_device(impl: str | None) -> str:
-    """Where an implementation runs: Triton's also on the CPU, in its interpreter. TraceError without a GPU."""
-    if impl not in ("triton", "cuda"):
+def replay_device(impl: str | None, device: str | None = None) -> str:
+    """Where to replay: on `device`, or else where an implementation runs. TraceError where it cannot.
+
+    A GPU's implementations need one, but for Triton's, which its interpreter runs on the CPU.
+    """
+    if impl not in GPU_IMPLS and device != "cuda":
         return "cpu"
-    if torch.cuda.is_available():
+    if device == "cpu" and not (impl == "triton" and triton_interpreted()):
+        raise TraceError(f"implementation {impl!r} does not run on the CPU; leave out --device cpu")
+    if device != "cpu" and torch.cuda.is_available():
         return "cuda"
-    if impl == "triton" and triton_interpreted():
+    if impl == "triton" and device != "cuda" and triton_interpreted():
         return "cpu"
+    what = f"implementation {impl!r}" if impl in GPU_IMPLS else "--device cuda"
     remedy = "set TRITON_INTERPRET=1 to run it on the CPU" if impl == "triton" else "choose cpu or reference"
-    raise TraceError(f"implementation {impl!r} needs a GPU and torch finds none; {remedy}")
+    raise TraceError(f"{what} needs a GPU and torch finds none; {remedy}")
+
+
+def show(write: Callable[[str], object], path: Path, report: Report) -> None:
+    """Write a line for each tensor of a trace and for the first mismatches."""
+    for name, error in report.errors.items():
+        mark = "" if error <= report.tolerance else "  <-- beyond tolerance"
+        write(f"{path.name}  {name:32s} {error:.2e}{mark}\n")
+    if report.ignored:
+        write(f"{path.name}  not compared: {', '.join(report.ignored)}\n")
+    for line in report.mismatches[:20]:
+        write(f"{path.name}  MISMATCH {line}\n")
+    if len(report.mismatches) > 20:
+        write(f"{path.name}  ... and {len(report.mismatches) - 20} more mismatches\n")
+
+
+def run(options: argparse.Namespace, write: Callable[[str], object]) -> int:
+    """Replay what the command line asks for; returns the exit code."""
+    place = replay_device(options.impl, options.device)
+    device = "cuda" if options.impl in GPU_IMPLS else place
+    ops, dtype = select(device, prefer=options.impl), DTYPES[options.dtype]
+    if options.impl and options.impl not in ops.names.values():
+        raise TraceError(f"no operation has an implementation {options.impl!r} on {device} in this build")
+    write("operations: " + ", ".join(f"{op}={name}" for op, name in ops.names.items()) + "\n")
+    worst, worst_where, tensors, failures, paths = 0.0, "-", 0, 0, expand(options.paths)
+    for path in paths:
+        report = replay(path, ops, place, dtype, options.backend)
+        show(write, path, report)
+        tensors += len(report.errors)
+        failures += report.failed
+        error, name = report.worst
+        if error >= worst:
+            worst, worst_where = error, f"{path.name}, {name}"
+    if failures:
+        limit = TOLERANCE[dtype]
+        write(f"{failures} of {len(paths)} files differ: beyond {limit:.2g}, or in a table, action or counter\n")
+    write(f"{len(paths)} files, {tensors} tensors, worst {worst:.2e} ({worst_where})\n")
+    return 1 if failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cfengine.testing.replay", description="Replay golden traces.")
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_DIR")
     parser.add_argument(
-        "--impl", choices=("reference", "cpu", "triton", "cuda"), help="implementation to use where it exists"
+        "--impl", choices=("reference", "cpu", *GPU_IMPLS), help="implementation to use where it exists"
     )
-    options = parser.parse_args(argv)
-    write = sys.stdout.write
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where model and pages lie; default: as --impl needs")
+    parser.add_argument("--backend", choices=("torch", "onnxruntime"), default="torch", help="what runs the segments")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of weights, activations and pages")
     try:
-        place = replay_device(options.impl)
-        device = "cuda" if options.impl in ("triton", "cuda") else "cpu"
-        ops = select(device, prefer=options.impl)
-        if options.impl and options.impl not in ops.names.values():
-            raise TraceError(f"no operation has an implementation {options.impl!r} on {device} in this build")
-        write("operations: " + ", ".join(f"{op}={name}" for op, name in ops.names.items()) + "\n")
-        worst, worst_where, tensors, failures, paths = 0.0, "-", 0, 0, expand(options.paths)
-        for path in paths:
-            report = replay(path, ops, place)
-            for name, error in report.errors.items():
-                mark = "" if error <= TOLERANCE else "  <-- beyond tolerance"
-                write(f"{path.name}  {name:32s} {error:.2e}{mark}\n")
-            if report.ignored:
-                write(f"{path.name}  not compared: {', '.join(report.ignored)}\n")
-            for line in report.mismatches[:20]:
-                write(f"{path.name}  MISMATCH {line}\n")
-            if len(report.mismatches) > 20:
-                write(f"{path.name}  ... and {len(report.mismatches) - 20} more mismatches\n")
-            tensors += len(report.errors)
-            failures += report.failed
-            error, name = report.worst
-            if error >= worst:
-                worst, worst_where = error, f"{path.name}, {name}"
-        if failures:
-            write(f"{failures} of {len(paths)} files differ: beyond {TOLERANCE:g}, or in a table, action or counter\n")
-        write(f"{len(paths)} files, {tensors} tensors, worst {worst:.2e} ({worst_where})\n")
-        return 1 if failures else 0
+        return run(parser.parse_args(argv), sys.stdout.write)
     except CFEngineError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -65,6 +65,12 @@ def load_trace(path: Path) -> Trace:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise TraceError(f"{path} is not a safetensors file: {error}") from error
+    if not tensors:
+        raise TraceError(f"{path} holds no tensors; record the trace again")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise TraceError(f"{path}: tensor {name!r} is {dtype} but traces are float32; record the trace again")
     if not isinstance(meta, dict) or meta.get("kind") not in ("memory", "dit"):
         kind = meta.get("kind") if isinstance(meta, dict) else type(meta).__name__
         raise TraceError(f"{description}: kind is {kind!r}, expected 'memory' or 'dit'")

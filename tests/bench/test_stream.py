@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,9 +57,24 @@ def test_other_rules_fill_the_memory_too(policy):
     seen = stream.stream(toy(policy=policy, sessions=2), "cpu", 0.0, 0)
     assert seen.slots == (21, 21) and seen.error is None
     assert seen.frames == 2 * 12 * len(seen.periods)
-    assert seen.fps == pytest.approx(seen.frames / sum(seen.periods))
+    assert seen.fps == pytest.approx(seen.frames / sum(seen.periods)) and seen.fps_each == pytest.approx(seen.fps / 2)
+    assert f"2 sessions of {seen.fps_each:.2f} each)" in stream.sentence(toy(policy=policy, sessions=2), seen)
     name = stream.records(toy(policy=policy, sessions=2), seen)[0]["name"]
     assert name == f"stream_fps_fp32_{policy}_2_sessions_toy"
+
+
+def test_sessions_of_a_batch_see_what_they_see_alone():
+    with toy(sessions=2).engine("cpu") as engine, engine.batch(["a", "b"], seeds=[3, 4]) as batch:
+        alone = [engine.session(prompt, seed=seed) for prompt, seed in (("a", 3), ("b", 4))]
+        for _ in range(3):
+            for frames, single in zip(batch.next_chunk(), alone, strict=True):
+                expected = single.next_chunk()
+                assert [frame.index for frame in frames] == [frame.index for frame in expected]
+                # float32: products over more rows may sum in another order, which a rounding to a level may show
+                assert all(
+                    np.abs(one.pixels.astype(int) - two.pixels).max() <= 1
+                    for one, two in zip(frames, expected, strict=True)
+                )
 
 
 @pytest.mark.parametrize(
@@ -66,6 +82,7 @@ def test_other_rules_fill_the_memory_too(policy):
     [
         (["--precision", "int4"], "unknown precision 'int4'"),
         (["--policy", "lru"], "unknown policy 'lru'"),
+        (["--sessions", "0"], "--sessions is 0"),
         (["--resolution", "33"], "832x480"),
         (["--resolution", "33x32"], "width 33 is not a multiple"),
         (["--json", "gone/records.json"], "gone"),

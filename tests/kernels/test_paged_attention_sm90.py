@@ -179,6 +179,11 @@ FAULTS = {
     "scores not waited for": ("sm90_wide.cuh", "wgmma_wait<Before ? 1 : 0>();", "wgmma_wait<2>();"),
     "sums not waited for": ("sm90_e4m3.cuh", "        wgmma_wait<0>();\n", "        wgmma_wait<1>();\n"),
     "no fence": ("sm90_e4m3.cuh", "        wgmma_fence();\n", ""),
+    "masked keys times 0": (
+        "sm90_load.cuh",
+        "fmaxf(__ldg(job.k_scale + place), kLeastKeyScale)",
+        "__ldg(job.k_scale + place)",
+    ),
     "keys in another order": ("sm90_load.cuh", "full, 0, 2 * j, key / 4", "full, 0, 2 - 2 * j, key / 4"),
 }
 

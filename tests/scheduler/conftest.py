@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from cfengine import engine as engine_module
 from cfengine.memory.memory import Memory
 from cfengine.scheduler.device_lane import DeviceLane
 from cfengine.session import Session
@@ -45,10 +46,13 @@ class InlineStream:
 class InlineRuntime:
     """What `CudaRuntime` does, at once and in order; `log` lists replays and waits."""
 
+    graphs = False
+
     def __init__(self) -> None:
         self.compute, self.decoding = InlineStream("compute"), InlineStream("decoding")
         self.log: list[str] = []
         self.queued: list[str] = []
+        self.captured: list[str] = []
 
     def lend(self, tensor: torch.Tensor) -> None:
         pass
@@ -66,6 +70,8 @@ class InlineRuntime:
         return torch.zeros(shape, dtype=dtype)
 
     def capture(self, work, stream: InlineStream):
+        self.captured.append(work.__name__)
+
         def replay():
             self.log.append(work.__name__)
             self.queued.append(work.__name__)
@@ -94,5 +100,18 @@ def device_session(lane_of):
 
     def make(engine, prompt: str, seed: int = 0) -> Session:
         return Session(engine.config, lane_of(engine)[0], engine.encode_prompt, prompt, seed)
+
+    return make
+
+
+@pytest.fixture
+def device_engine(toy_engine, monkeypatch):
+    """make(...) -> an Engine on the CPU that opens the lanes of a GPU, with room for everything."""
+    monkeypatch.setattr(engine_module, "check_fits", lambda *args: None)
+
+    def make(*args, **options):
+        engine = toy_engine(*args, **options)
+        engine._runtime = InlineRuntime()
+        return engine
 
     return make

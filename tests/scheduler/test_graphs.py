@@ -29,8 +29,8 @@ EXACT = {"rtol": 0, "atol": 0}
 
 @pytest.fixture
 def gpu_engine(toy_engine):
-    def make(**options):
-        return toy_engine(SMALL, device="cuda", dtype=torch.bfloat16, **options)
+    def make(kernels=(), **options):
+        return toy_engine(dataclasses.replace(SMALL, kernels=kernels), device="cuda", dtype=torch.bfloat16, **options)
 
     return make
 
@@ -113,6 +113,34 @@ def test_prompts_change_without_capturing_again(gpu_engine, monkeypatch):
         other.set_prompt("d e f g")
         assert not np.array_equal(session.next_chunk()[0].pixels, other.next_chunk()[0].pixels)
         assert len(made) == 8
+
+
+def test_a_lane_that_was_used_shows_what_a_new_one_shows(gpu_engine, monkeypatch):
+    """Bit for bit, and without capturing again; the session before is closed while its clean pass runs."""
+    engine = gpu_engine()
+    past = torch.randn(6, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+
+    def seen(latents):
+        with engine.session("a b", seed=5, latents=latents) as session:
+            frames = [frame for _ in range(8) for frame in session.next_chunk()]
+            return [frame.pixels for frame in frames], session.latents
+
+    expected = seen(None)
+    monkeypatch.setattr(graphs.Graph, "__init__", None)
+    seen(past)
+    pixels, latents = seen(None)
+    assert torch.equal(latents, expected[1])
+    assert all(np.array_equal(*pair) for pair in zip(pixels, expected[0], strict=True))
+
+
+def test_library_attention_is_captured_once_for_every_number_of_slots(gpu_engine):
+    kernels = (("paged_attention", "sdpa"),)
+    captured, eager = gpu_engine(kernels=kernels), gpu_engine(kernels=kernels, graphs=False)
+    with captured.session("a b", seed=5) as one, eager.session("a b", seed=5) as two:
+        for _ in range(8):  # 3, 6, ... 21 slots, then full
+            one.next_chunk()
+            two.next_chunk()
+            torch.testing.assert_close(one.latents, two.latents, **EXACT)
 
 
 def test_memory_is_constant(gpu_engine):

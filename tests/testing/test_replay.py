@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -25,8 +26,36 @@ TRACES = sorted(DATA.glob("*.safetensors"))
 def test_trace(path, impl):
     report = replay.replay(path, ops.select("cpu", prefer=impl))
     assert not report.mismatches, report.mismatches[:5]
-    assert report.worst[0] <= replay.TOLERANCE, report.worst
+    assert report.worst[0] <= replay.TOLERANCE[torch.float32], report.worst
     assert len(report.errors) >= 6  # it did compare something
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
+def test_trace_in_16_bits(path, impl, dtype):
+    """Every table, action and counter is the recorded one; tensors are as near as their type allows."""
+    if impl not in ops.implementations("cpu"):
+        pytest.skip(f"implementation {impl!r} is not built: pip install -e .")
+    if (impl, dtype) == ("cpu", torch.float16):
+        pytest.skip("the CPU kernels have no float16")
+    report = replay.replay(path, ops.select("cpu", prefer=impl), dtype=dtype)
+    assert not report.mismatches, report.mismatches[:5]
+    assert report.worst[0] <= replay.TOLERANCE[dtype], report.worst
+    # rounded at all: a trace that had slipped through in float32 would be nearer than half an ulp of 16 bits
+    assert report.worst[0] > torch.finfo(dtype).eps / 2, report.worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("stem", ["memory_head64", "memory_head128", "dit_cf_roll"])
+def test_the_library_attention_replays(stem, dtype):
+    sdpa = ops.load("paged_attention", next(c for c in ops.row("paged_attention", "cuda") if c.name == "sdpa"))
+    chosen = dataclasses.replace(ops.select("cpu", prefer="reference"), paged_attention=sdpa)
+    report = replay.replay(DATA / f"{stem}.safetensors", chosen, dtype=dtype)
+    assert not report.failed, (report.mismatches[:5], report.worst)
 
 
 def edited(tmp_path: Path, stem: str, edit) -> Path:
@@ -99,13 +128,28 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("wrong", "stem"), WRONG, ids=[wrong.__name__ for wrong, _ in WRONG])
-def test_wrong_rules_are_found(wrong, stem, monkeypatch):
-    """Replay notices an engine whose rule is not the recorded one, in each way that is easy to get wrong."""
+def test_wrong_rules_are_found(wrong, stem, dtype, monkeypatch):
+    """Replay notices an engine whose rule is not the recorded one, in each way that is easy to get wrong.
+
+    By its tensors too, far beyond what rounding explains.
+    """
     right = policies.SlowFast.update
     monkeypatch.setattr(policies.SlowFast, "update", lambda self, *args: wrong(right, self, *args))
-    report = replay.replay(DATA / f"{stem}.safetensors", ops.select("cpu"))
-    assert report.mismatches or report.worst[0] > 1e-3, report.worst
+    report = replay.replay(DATA / f"{stem}.safetensors", ops.select("cpu", prefer="reference"), dtype=dtype)
+    assert report.worst[0] > 5 * replay.TOLERANCE[dtype], report.worst
+
+
+@pytest.mark.parametrize(("dtype", "settled"), [("float32", 0), ("float16", 0), ("bfloat16", 2)])
+def test_a_decision_that_a_type_does_not_settle_is_refused(dtype, settled, tmp_path, capsys):
+    def edit(_, description):  # 0.0025 above the threshold: float16 errs by 0.0005 at most, bfloat16 by 0.004
+        step = next(s for s in description["steps"] if s["sim"] is not None)
+        description["threshold"] = step["sim"] - 0.0025
+
+    path = edited(tmp_path, "memory_fastmin", edit)
+    assert replay.main([str(path), "--impl", "reference", "--dtype", dtype]) in (settled, settled or 1)
+    assert ("bfloat16 does not settle" in capsys.readouterr().err) == bool(settled)
 
 
 def test_a_gutted_trace_is_refused(tmp_path, capsys):
@@ -145,13 +189,16 @@ def test_bad_files_are_refused(tmp_path, capsys):
     ):
         assert replay.main([str(path)]) == 2
         assert says in capsys.readouterr().err
+    bare = edited(tmp_path, "memory_fastmin", lambda tensors, _: tensors.clear())
+    assert replay.main([str(bare)]) == 2
+    assert "memory_fastmin.safetensors holds no tensors" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
     assert replay.main([str(empty)]) == 2
     assert "no .safetensors" in capsys.readouterr().err
     half = edited(tmp_path, "memory_fastmin", lambda tensors, _: tensors.update(x=tensors["x"].half()))
     assert replay.main([str(half)]) == 2
-    assert "malformed" in capsys.readouterr().err
+    assert "tensor 'x' is float16 but traces are float32" in capsys.readouterr().err
     missing = edited(tmp_path, "dit_sf", lambda tensors, _: tensors.pop("in.noise"))
     assert replay.main([str(missing)]) == 2
     assert "in.noise" in capsys.readouterr().err
@@ -162,8 +209,13 @@ def test_bad_files_are_refused(tmp_path, capsys):
 
 def test_an_implementation_that_is_not_there_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert replay.main([str(TRACES[0]), "--impl", "cuda"]) == 2
-    assert "'cuda'" in capsys.readouterr().err
+    for words, says in (
+        (["--impl", "cuda"], "implementation 'cuda' needs a GPU"),
+        (["--device", "cuda"], "--device cuda needs a GPU"),
+        (["--impl", "sdpa", "--device", "cpu"], "'sdpa' does not run on the CPU"),
+    ):
+        assert replay.main([str(TRACES[0]), *words]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_triton_without_its_interpreter_is_an_error(monkeypatch, capsys):
@@ -175,9 +227,10 @@ def test_triton_without_its_interpreter_is_an_error(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_triton_replays_a_trace_in_its_interpreter():
+@pytest.mark.parametrize(("stem", "dtype"), [("dit_cf_roll", torch.float32), ("dit_longlive", torch.float16)])
+def test_triton_replays_a_trace_in_its_interpreter(stem, dtype):
     pytest.importorskip("triton", reason="pip install triton")
     where = replay.replay_device("triton")
-    report = replay.replay(DATA / "dit_cf_roll.safetensors", ops.select("cuda", prefer="triton"), where)
+    report = replay.replay(DATA / f"{stem}.safetensors", ops.select("cuda", prefer="triton"), where, dtype)
     assert not report.mismatches, report.mismatches[:5]
-    assert report.worst[0] <= replay.TOLERANCE, report.worst
+    assert report.worst[0] <= replay.TOLERANCE[dtype], report.worst
