@@ -69,10 +69,10 @@ class OnnxRunner:
         # between two graphs torch's threads work: ONNX Runtime's must not wait by spinning
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            weights = checkpoint.read_tensors(folder / file)
+            model = (folder / graph.file).read_bytes()
+            weights = _wanted(model, checkpoint.read_tensors(folder / file))
             values = [ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in weights.values()]
             options.add_external_initializers(list(weights), values)
-            model = (folder / graph.file).read_bytes()
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except CheckpointError as error:
             raise ExportError(f"{error}; run {self.manifest.command}") from error
@@ -94,10 +94,19 @@ def onnx_segments(manifest: Manifest, ops: Ops, threads: int | None = None) -> G
 def onnxruntime() -> Any:
     """The package; ConfigError says how to get it."""
     try:
+        import onnx  # noqa: F401 - it reads which weights a graph has
         import onnxruntime
     except ImportError as error:
         raise ConfigError(f"ONNX Runtime is not installed ({error}); pip install 'cfengine[export]'") from error
     return onnxruntime
+
+
+def _wanted(model: bytes, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a graph uses: two graphs may share a file, and ONNX Runtime refuses what no operator reads."""
+    import onnx
+
+    names = {name for node in onnx.load_model_from_string(model).graph.node for name in node.input}
+    return {name: tensor for name, tensor in weights.items() if name in names}
 
 
 def _numpy_type(tensor: Tensor) -> Any:
