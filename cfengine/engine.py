@@ -217,9 +217,7 @@ class Engine:
 
             opener = open_tensorrt if backend == "tensorrt" else open_fastest
             with self._queue():
-                found = opener(
-                    self.config, self.model, self.ops, self.text.encode, folder=exported, progress=progress
-                )
+                found = opener(self.config, self.model, self.ops, self.text.encode, folder=exported, progress=progress)
             return found.with_ops if found else partial(TorchSegments, self.model, grid=self.config.grid)
         from cfengine.export.backend import open_onnx  # late: it may need the packages of the extra `export`
 

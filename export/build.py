@@ -266,9 +266,7 @@ def _describe(recipe: Recipe, entries: dict[str, dict[str, Any]], skipped: dict[
 
 def _shapes(graph: Graph, symbols: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in ("inputs", "outputs"):
-        yield kind, {
-            o.name: [o.dtype, [extent(dim, symbols, o.name) for dim in o.shape]] for o in getattr(graph, kind)
-        }
+        yield kind, {o.name: [o.dtype, [extent(dim, symbols, o.name) for dim in o.shape]] for o in getattr(graph, kind)}
 
 
 def write(path: Path, data: bytes) -> None:

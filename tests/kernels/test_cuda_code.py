@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "kernels" / "paged_attention"
 # Bytes of shared memory that a block may have (CUDA C++ programming guide, compute capabilities);
