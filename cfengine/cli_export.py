@@ -124,8 +124,11 @@ def show(rows: list[Row], manifest: Manifest) -> None:
                 row.what, f"{row.error:.1e}", f"{row.tolerance:.0e}", "" if row.passed else "beyond tolerance"
             )
     Console().print(table)
-    failed = sum(not row.passed for row in rows)
-    verdict = f"{failed} of {len(rows)} beyond tolerance" if failed else f"all {len(rows)} within tolerance"
+    ran = [row for row in rows if row.error is not None]
+    failed = sum(not row.passed for row in ran)
+    verdict = f"{failed} of {len(ran)} beyond tolerance" if failed else f"all {len(ran)} within tolerance"
+    if not ran:
+        verdict = f"{len(rows)} graphs parsed, nothing compared"
     sys.stdout.write(f"{manifest.folder} ({manifest.model_name}, {manifest.precision}): {verdict}\n")
 
 
