@@ -40,6 +40,7 @@ from cfengine.segments.torch import TorchSegments
 BACKENDS = ("eager", "torch", "compile", "onnxruntime", "tensorrt")
 BASELINE = "eager"
 SEGMENTS = ("first", "middle", "last")
+PORTABLE = 0.1  # bf16 keeps 8 bits, which a segment rounds to some ten times: a right plan is off by a percent or two
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,9 @@ def portable(setup: Setup, expected: list[Tensor]) -> Iterator[dict]:
             runner = TensorRTRunner(manifest, plans, setup.device, graphs=("first",))
             segments = GraphSegments(manifest, runner, chosen(setup.config, setup.device), plans.symbols)
             got = flat(segments.first(setup.normal(*latent_shape(setup.config), seed=0), setup.model.modulate(1000.0)))
-            found = float(error(got, expected) < 0.1)
+            off = error(got, expected)
+            found = float(off < PORTABLE)
+            why = "" if found else f"it runs, and its results are {off:.2g} off"
         except (CFEngineError, RuntimeError) as refused:
             why = reason(refused)
         yield record(f"portable_plan_sm{capability.replace('.', '')}", found, "runs", config={"reason": why})

@@ -40,8 +40,10 @@ FILL_LIMIT = 100  # chunks; slow memory of the paper's rule gains at most one pa
 FIRST_FRAMES = 3  # sessions opened to time the first frame
 LEAST_CHUNKS = 4
 FIRST = "a prompt's keys and values, noise, denoise passes, decoder and copy, on a session that is open"
-OPENING = "a prompt's keys and values, and pages; on a GPU on a lane that closed sessions left, the first of all aside,"
-OPENING += " which compiles kernels and captures the graphs"
+OPENING = (
+    "a prompt's keys and values, and pages; on a GPU on a lane that closed sessions left, the first of all aside, "
+    "which compiles kernels and captures the graphs"
+)
 
 
 @dataclass

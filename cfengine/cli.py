@@ -204,6 +204,11 @@ def runnable(module) -> bool:
 
 export_app = typer.Typer(no_args_is_help=True, help="Write a model as ONNX graphs, and check them.")
 app.add_typer(export_app, name="export")
+_EXPORT = Annotated[Path, typer.Argument(help="Folder that cfengine export onnx wrote.")]
+_ITS_MODEL = Annotated[
+    str | None, typer.Option("--model", "-m", help="Where the weights are, if not where the export took them from.")
+]
+_ITS_TAEHV = Annotated[Path | None, typer.Option("--taehv", help="The taew2_1 weights that were exported.")]
 
 
 @export_app.command("onnx")
@@ -230,16 +235,7 @@ def export_onnx(
 
 
 @export_app.command("check")
-def export_check(
-    folder: Annotated[Path, typer.Argument(help="Folder that cfengine export onnx wrote.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Where the weights are, if not where the export took them from."),
-    ] = None,
-    taehv: Annotated[
-        Path | None, typer.Option(help="The taew2_1 weights that were exported.", show_default=False)
-    ] = None,
-) -> None:
+def export_check(folder: _EXPORT, model: _ITS_MODEL = None, taehv: _ITS_TAEHV = None) -> None:
     """Run every graph in ONNX Runtime against torch, then a whole chunk.
 
     Exit code 1 when an error is beyond its tolerance.
@@ -253,19 +249,16 @@ def export_check(
 
 @export_app.command("tensorrt")
 def export_tensorrt(
-    folder: Annotated[Path, typer.Argument(help="Folder that cfengine export onnx wrote, in bf16 or fp16.")],
+    folder: _EXPORT,
     target: Annotated[
         str,
         typer.Option(help="rtx: TensorRT-RTX, for RTX 30, 40 and 50, without a GPU; current: for the GPU at hand."),
     ] = "rtx",
-    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8 or nvfp4.")] = "bf16",
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Where the exported weights are, to calibrate fp8 and nvfp4 with."),
-    ] = None,
-    taehv: Annotated[
-        Path | None, typer.Option(help="The taew2_1 weights that were exported.", show_default=False)
-    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="bf16 or fp16, as the export is; fp8 or nvfp4, calibrated with its model.")
+    ] = "bf16",
+    model: _ITS_MODEL = None,
+    taehv: _ITS_TAEHV = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, to calibrate on.")] = "cpu",
 ) -> None:
     """Build TensorRT engines of every graph and layer; what is built already is kept."""

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfengine.config import VideoConfig
 from cfengine.engine import Engine
 from cfengine.errors import ConfigError
 from cfengine.segments.manifest import PRECISIONS, Manifest
-
-STRIDE = 8  # pixels a latent, VideoConfig's of every codec
 
 if TYPE_CHECKING:
     from cfengine.export.calibrate import Calibration
@@ -54,8 +53,7 @@ def check(folder: Path, model: str | None, taehv: Path | None) -> bool:
     if manifest.codec == "taehv" and taehv is None:
         raise ConfigError(f"{folder} decodes with TAEHV, whose weights are not part of a model; give --taehv FILE")
     name = model or manifest.model_name
-    height, width = manifest.latent
-    with load(name, manifest.precision, (width * STRIDE, height * STRIDE), taehv) as engine:
+    with load(name, manifest.precision, pixels(manifest), taehv) as engine:
         rows = compare(manifest, engine.config, engine.model, engine.codec, say)
     show(rows, manifest)
     return all(row.passed for row in rows)
@@ -93,14 +91,18 @@ def calibrated(manifest: Manifest, model: str | None, taehv: Path | None, device
     found = Calibration.load(manifest.folder, manifest.model_hash)
     if found is None:
         name = model or manifest.model_name
-        height, width = manifest.latent
-        size = width * STRIDE, height * STRIDE
-        with load(name, manifest.precision, size, taehv, device) as engine:
+        with load(name, manifest.precision, pixels(manifest), taehv, device) as engine:
             manifest.check_model(engine.model, name)
             encode = engine.text.encode
             found = calibrate(engine.config, engine.model, encode, manifest.model_hash, progress=progress)
         found.save(manifest.folder)
     return found
+
+
+def pixels(manifest: Manifest) -> tuple[int, int]:
+    """(width, height) of the video that an export is for."""
+    height, width = manifest.latent
+    return width * VideoConfig.spatial_stride, height * VideoConfig.spatial_stride
 
 
 def load(model: str, precision: str, size: tuple[int, int] | None, taehv: Path | None, device: str = "cpu") -> Engine:

@@ -130,6 +130,11 @@ class SamplerConfig:
 PRODUCTS = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")  # of a block, in order
 
 
+def product_names(layers: int) -> list[str]:
+    """Products of a model: `blocks.<number>.<product>`, block by block."""
+    return [f"blocks.{number}.{product}" for number in range(layers) for product in PRODUCTS]
+
+
 class Kept(NamedTuple):
     """Products of blocks that stay in the type of the weights: a pattern of `blocks.<number>.<product>`, and why."""
 
@@ -161,7 +166,7 @@ class PrecisionConfig:
 
     def check_kept(self, layers: int) -> None:
         """Raise ConfigError where a pattern of `keep` is the name of no product of a model of `layers` blocks."""
-        names = [f"blocks.{block}.{product}" for block in range(layers) for product in PRODUCTS]
+        names = product_names(layers)
         for pattern, _ in self.keep:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(

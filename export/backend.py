@@ -60,7 +60,7 @@ def open_folder(
     if manifest.precision != precision:
         raise ExportError(
             f"{manifest.folder} is in {manifest.precision} and the model runs in {precision}; load the model in "
-            f"that type, or run {manifest.command.replace(manifest.precision, precision)}"
+            f"that type, or run {manifest.command_in(precision)}"
         )
     manifest.check_model(model, config.name)
     check_sizes(manifest, config)
@@ -93,7 +93,7 @@ def cache_folder(config: EngineConfig, model: CausalDiT, precision: str) -> Path
         "precision": precision,
         "opset": OPSET,
         "format": VERSION,
-        "torch": importlib.metadata.version("torch"),
+        "made_with": [importlib.metadata.version(name) for name in ("torch", "onnxscript")],
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", config.name)

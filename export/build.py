@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +12,13 @@ from typing import Any
 
 from cfengine.errors import ConfigError, ExportError, OutputError
 from cfengine.export.calibrate import Calibration
+from cfengine.export.folder import Progress
 from cfengine.export.graphs import onnx_package, with_weights
 from cfengine.export.tensorrt import Plan, build_plan
 from cfengine.export.tensorrt_graph import fixed, plain_attention
 from cfengine.export.tensorrt_quantise import SCALED, quantised
 from cfengine.segments.binding import extent
-from cfengine.segments.manifest import Graph, Manifest
+from cfengine.segments.manifest import Graph, Manifest, write_whole
 from cfengine.segments.tensorrt_library import gpu_library, library
 from cfengine.segments.tensorrt_plans import FORMAT, NAME, VERSION, Plans, command, place, plans_folder
 
@@ -28,8 +28,6 @@ CAPABILITIES = ("8.6", "8.9", "12.0")  # of target rtx: GeForce RTX 30, 40 and 5
 LEAST = {"fp8": (8, 9), "nvfp4": (12, 0)}  # compute capability whose tensor cores multiply the type
 RECIPE = 1  # counts up when the same inputs are to give other plans, so that kept ones are not taken
 TIMINGS = "timing.cache"
-
-Progress = Callable[[str, int, int], None]  # what is done now, steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,9 @@ def check_request(manifest: Manifest, target: str, precision: str) -> tuple[Modu
             raise ConfigError(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
     usable = (precision,) if precision not in SCALED else ("bf16", "fp16")
     if manifest.precision not in usable:
-        again = manifest.command.replace(f"--precision {manifest.precision}", f"--precision {usable[0]}")
         raise ConfigError(
             f"{manifest.folder} is in {manifest.precision} and plans in {precision} are built from an export in "
-            f"{' or '.join(usable)}; run {again}"
+            f"{' or '.join(usable)}; run {manifest.command_in(usable[0])}"
         )
     name, gpu = ("tensorrt_rtx", None) if target == "rtx" else gpu_library()
     return library(name), gpu
@@ -271,11 +268,8 @@ def _shapes(graph: Graph, symbols: dict[str, int]) -> Iterator[tuple[str, dict[s
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; OutputError where the disk does not take it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(data)
-        os.replace(fresh, path)
+        write_whole(path, data)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{path} cannot be written ({reason}); free space, or choose another folder") from error

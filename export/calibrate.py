@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfengine.config import PRODUCTS, EngineConfig, PrecisionConfig
+from cfengine.config import EngineConfig, PrecisionConfig
 from cfengine.errors import ConfigError, ExportError
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import Block, CausalDiT
@@ -95,11 +95,6 @@ def calibrate(
 
 def _noise(seed: int, start: int, frames: int, shape: tuple[int, int, int], step: int) -> Tensor:
     return chunk_noise(seed, start, frames, step, shape)
-
-
-def names(layers: int) -> list[str]:
-    """Products of a model, as `Calibration.largest` calls them."""
-    return [f"blocks.{number}.{product}" for number in range(layers) for product in PRODUCTS]
 
 
 @contextmanager

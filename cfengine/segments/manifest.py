@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,11 @@ class Manifest:
     @property
     def command(self) -> str:
         """The command that makes this folder again."""
-        return rebuild(self.folder, self.model_name, self.precision)
+        return self.command_in(self.precision)
+
+    def command_in(self, precision: str) -> str:
+        """The command that makes this folder in another precision."""
+        return rebuild(self.folder, self.model_name, precision)
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -184,6 +190,19 @@ def file_hash(path: Path) -> str:
     except OSError as error:
         raise ExportError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and the folders it lies in; OSError where the disk does not take it."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_bytes(data)
+        os.replace(fresh, path)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
 
 
 def model_hash(model: CausalDiT, dtype: torch.dtype) -> str:

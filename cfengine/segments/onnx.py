@@ -30,7 +30,7 @@ class OnnxRunner:
         if manifest.precision == "bf16":
             raise ExportError(
                 f"{manifest.folder} is in bf16, for which ONNX Runtime's CPU provider has no matrix product; "
-                f"run {manifest.command.replace('bf16', 'fp32')}"
+                f"run {manifest.command_in('fp32')}"
             )
         self._threads = threads or torch.get_num_threads()
         self._sessions: dict[tuple[str, int], tuple[Any, list[Tensor]]] = {}  # with the weights that they point to

@@ -5,9 +5,9 @@ Operands are checked and laid out by `Binding`, which ONNX Runtime shares; here 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ import torch
 from cfengine.errors import DeviceError, ExportError
 from cfengine.segments.binding import Bound, extent
 from cfengine.segments.exported import SEGMENTS
-from cfengine.segments.manifest import Graph, Manifest
+from cfengine.segments.manifest import Graph, Manifest, write_whole
 from cfengine.segments.tensorrt_library import kept_log, library
 from cfengine.segments.tensorrt_plans import PlanFile, Plans
 
@@ -117,12 +117,8 @@ class TensorRTRunner:
         """Keep the kernels that TensorRT-RTX compiled for this GPU beside the plans, for the next start."""
         data = bytes(self._cache.serialize()) if self._cache is not None else b""
         if data:
-            fresh = self.plans.cache.with_name(f".{self.plans.cache.name}.{os.getpid()}")
-            try:
-                fresh.write_bytes(data)
-                os.replace(fresh, self.plans.cache)
-            except OSError:
-                fresh.unlink(missing_ok=True)  # a folder that cannot be written to costs the next start some seconds
+            with suppress(OSError):  # a folder that cannot be written to costs the next start some seconds
+                write_whole(self.plans.cache, data)
 
     def _check_version(self) -> None:
         if (self._trt.__name__, self._trt.__version__) != (self.plans.library, self.plans.library_version):

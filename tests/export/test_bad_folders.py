@@ -112,9 +112,12 @@ def test_sizes_of_another_video(copied, small, small_model):
 
 
 def test_another_precision(copied, small, small_model, edit_manifest):
-    edit_manifest(copied, lambda d: d.update(precision="fp16"))
-    with pytest.raises(ExportError, match="is in fp16 and the model runs in fp32; .*--precision fp32"):
-        open_folder(small, small_model, copied)
+    """The command changes the precision, and not the name of a folder that happens to hold it."""
+    folder = copied.rename(copied.parent / "made-in-fp16")
+    edit_manifest(folder, lambda d: d.update(precision="fp16"))
+    words = f"is in fp16 and the model runs in fp32; .*--precision fp32 --out {folder}$"
+    with pytest.raises(ExportError, match=words):
+        open_folder(small, small_model, folder)
 
 
 def test_bfloat16_does_not_run_here(copied, edit_manifest):

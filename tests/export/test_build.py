@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cfengine.bench.synthetic import SIZES, random_weights
-from cfengine.config import PRODUCTS, TINY_MODEL
+from cfengine.config import PRODUCTS, TINY_MODEL, product_names
 from cfengine.engine import Engine
 from cfengine.errors import ConfigError, ExportError
 from cfengine.export.build import build, unserved
-from cfengine.export.calibrate import Calibration, calibrate, names, watched
+from cfengine.export.calibrate import Calibration, calibrate, watched
 from cfengine.export.folder import export
 from cfengine.model.dit import CausalDiT
 from cfengine.segments.manifest import Manifest
@@ -48,7 +48,7 @@ def folder(engine, tmp_path_factory):
 
 
 def made_up(manifest: Manifest) -> Calibration:
-    return Calibration(manifest.model_hash, "made up", dict.fromkeys(names(manifest.layers), 4.0))
+    return Calibration(manifest.model_hash, "made up", dict.fromkeys(product_names(manifest.layers), 4.0))
 
 
 @pytest.mark.parametrize(("precision", "capability"), [("bf16", "8.6"), ("fp8", "8.9"), ("nvfp4", "12.0")])
@@ -93,10 +93,10 @@ def test_what_tensorrt_does_not_take_is_an_error_with_its_words(rtx):
     from cfengine.export.tensorrt import build_plan
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
-    for node, words in ((helper.make_node("Nonsense", ["x"], ["y"], "it"), "Nonsense"),):
-        graph = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]))
-        with pytest.raises(ExportError, match=f"thing does not parse in tensorrt_rtx .*{words}"):
-            build_plan(rtx, graph.SerializeToString(), "thing", "8.9")
+    node = helper.make_node("Nonsense", ["x"], ["y"], "it")
+    graph = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]))
+    with pytest.raises(ExportError, match="thing does not parse in tensorrt_rtx .*Nonsense"):
+        build_plan(rtx, graph.SerializeToString(), "thing", "8.9")
 
 
 @pytest.mark.slow
@@ -154,7 +154,8 @@ def test_the_command_calibrates_with_the_model_that_was_exported(rtx, engine, tm
     code, _, told = command(tmp_path / "tiny", "--precision", "nvfp4")
     assert code == 0, told
     found = Calibration.load(tmp_path / "tiny", Manifest.load(tmp_path / "tiny").model_hash)
-    assert list(found.largest) == names(TINY_MODEL.layers) and found.made_from == "4 chunks of each of 4 prompts"
+    assert list(found.largest) == product_names(TINY_MODEL.layers)
+    assert found.made_from == "4 chunks of each of 4 prompts"
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_which_gpus_serve_which_precision():
 
 def test_a_calibration_sees_every_product_of_every_block(engine, tmp_path):
     found = calibrate(engine.config, engine.model, engine.text.encode, "a", prompts=["hold, snow, night"], chunks=2)
-    assert list(found.largest) == names(TINY_MODEL.layers)
+    assert list(found.largest) == product_names(TINY_MODEL.layers)
     assert all(0 < value < 1000 for value in found.largest.values())
     found.save(tmp_path)
     assert Calibration.load(tmp_path, "a") == found

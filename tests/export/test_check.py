@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from cfengine.export.check import check
@@ -33,10 +36,6 @@ def test_half_precision_has_its_own_tolerance(small, small_model, tmp_path) -> N
 
 
 def test_bfloat16_is_parsed_and_not_called_checked(small, small_model, tmp_path) -> None:
-    import copy
-
-    import torch
-
     model = copy.deepcopy(small_model).to(torch.bfloat16).prepare()
     manifest = export(small, model, tmp_path / "narrow", precision="bf16", graphs=("first", "middle", "last"))
     assert [(row.what, row.error) for row in check(manifest, small, model)] == [

@@ -47,7 +47,11 @@ def test_the_fastest_is_taken_and_remembered(tmp_path):
 
 def test_a_backend_that_cannot_run_is_out(tmp_path):
     kept = tmp_path / "backends.json"
-    assert fastest(Clock(tensorrt=ExportError("no"), torch=2.0).measures(), kept, "a") == "torch"
+    for _ in range(2):  # it is said and tried again at every start
+        clock = Clock(tensorrt=ExportError("a damaged plan"), torch=2.0)
+        with pytest.warns(UserWarning, match="'tensorrt' is out of the choice: a damaged plan"):
+            assert fastest(clock.measures(), kept, "a") == "torch"
+        assert clock.asked == ["tensorrt", "torch"] and not kept.exists()
     with pytest.raises(ConfigError, match="nor this"):
         fastest(Clock(tensorrt=ExportError("not that"), torch=ConfigError("nor this")).measures(), kept, "b")
     with pytest.raises(ZeroDivisionError):  # a bug is no reason to take another backend

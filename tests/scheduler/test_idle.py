@@ -180,6 +180,13 @@ def test_idle_lanes_make_room(device_engine, monkeypatch):
     assert not engine._idle._lanes and not engine._sessions
 
 
+def test_noise_of_a_session_on_a_lane_that_was_used_is_drawn_while_it_opens(device_engine):
+    engine = device_engine()
+    engine.session("a", seed=1).close()
+    with engine.session("a", seed=7) as session:
+        assert session._lane._noise._drawn == [(7, 0)]
+
+
 def test_closing_an_engine_lets_all_go(device_engine):
     engine = device_engine()
     session, other = engine.session("a"), engine.session("b")
