@@ -7,16 +7,22 @@ from pathlib import Path
 from cfengine.errors import ConfigError
 
 
-def axes(width: float, height: float):
-    """(figure, axes) of a new picture; ConfigError where matplotlib is missing."""
+def panels(count: int, width: float, height: float):
+    """(figure, list of axes) of a picture of `count` panels side by side; ConfigError where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f"a plot needs matplotlib ({error}); pip install matplotlib, or leave --plot out") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(count * width, height), layout="constrained")
     FigureCanvasAgg(figure)  # draws to a file, without a screen
-    return figure, figure.add_subplot()
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def axes(width: float, height: float):
+    """(figure, axes) of a new picture; see `panels`."""
+    figure, (plot,) = panels(1, width, height)
+    return figure, plot
 
 
 def stacked(path: str | Path, columns: dict[str, dict[str, float]], title: str) -> None:

@@ -99,6 +99,10 @@ def generate(
         int | None,
         typer.Option(help="Repeat each pixel N times both ways.", show_default="4 up to 128 pixels wide, else 1"),
     ] = None,
+    provenance: Annotated[
+        bool, typer.Option("--provenance/--no-provenance", help="Sign the file as synthetic (C2PA).")
+    ] = True,
+    record_prompt: Annotated[bool, typer.Option("--record-prompt", help="Tell the prompt in that record too.")] = False,
 ) -> None:
     """Make a video from a prompt, chunk by chunk.
 
@@ -122,8 +126,30 @@ def generate(
             precision=precision,
             threads=threads,
             scale=scale,
+            provenance=provenance,
+            record_prompt=record_prompt,
         )
         code = run(request)
+    raise typer.Exit(code)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="A video or picture, of cfengine or any other maker.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    trust: Annotated[
+        Path | None,
+        typer.Option(help="PEM certificates that vouch for signers.", show_default="the key of this user"),
+    ] = None,
+) -> None:
+    """Check what a file says of its making (C2PA): is it whole, is it signed, is it synthetic.
+
+    Exit code 0 when its record holds, 1 when there is none or the file was changed, 2 when it cannot be checked.
+    """
+    from cfengine.cli_verify import run
+
+    with sentences():
+        code = run(file, as_json, trust)
     raise typer.Exit(code)
 
 

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from cfengine.config import POLICIES, VideoConfig, precision, preset
 from cfengine.errors import CFEngineError, ConfigError, OutputError, PromptError
+from cfengine.provenance import Record
 from cfengine.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
     from cfengine.cli_display import PlainDisplay
+    from cfengine.config import EngineConfig
     from cfengine.engine import Engine
     from cfengine.types import Frame
 
@@ -48,6 +50,8 @@ class Request:
     precision: str | None = None
     threads: int | None = None
     scale: int | None = None
+    provenance: bool = True
+    record_prompt: bool = False
 
     def check(self) -> None:
         """Refuse what cannot work: ConfigError, PromptError or OutputError with the remedy."""
@@ -72,6 +76,8 @@ class Request:
             raise ConfigError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.precision is not None:
             precision(self.precision)
+        if self.record_prompt and not self.provenance:
+            raise ConfigError("--record-prompt and --no-provenance exclude each other; give one of them")
         if self.pixels is not None:
             VideoConfig(*self.pixels)
         if "/" not in self.model and not Path(self.model).exists():
@@ -210,8 +216,25 @@ def run(request: Request) -> int:
         with engine:
             video = engine.config.video
             tally = Tally(request.frame_count(video.fps))
-            with VideoWriter(request.output, fps=video.fps, scale=request.scale_for(video.width)) as writer:
+            scale, record = request.scale_for(video.width), record_of(request, engine.config)
+            with VideoWriter(request.output, fps=video.fps, scale=scale, record=record) as writer:
                 return stream(request, engine, tally, writer, stops, show)
+
+
+def record_of(request: Request, config: EngineConfig) -> Record | None:
+    """What the file is to say of its making. A model of a local path is told by its name, not by where it lies."""
+    from cfengine.sources import sources_of
+
+    if not request.provenance:
+        return None
+    local = Path(request.model)
+    weights = Path(sources_of(request.model, config).dit)
+    return Record(
+        model=local.resolve().name if local.exists() else request.model,
+        weights=weights if weights.is_file() else None,
+        seed=request.seed,
+        prompt=request.prompt if request.record_prompt else "",
+    )
 
 
 def load(request: Request) -> Engine:

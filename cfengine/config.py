@@ -276,6 +276,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("CFENGINE_CACHE_DIR") or Path.home() / ".cache" / "cfengine")
 
 
+def config_dir() -> Path:
+    """Folder for the key that signs files: $CFENGINE_CONFIG_DIR, else ~/.config/cfengine."""
+    return Path(os.environ.get("CFENGINE_CONFIG_DIR") or Path.home() / ".config" / "cfengine")
+
+
 _WAN = "Wan-AI/Wan2.1-T2V-1.3B"
 
 # tokens of 4 latent rows by 1 column: a pan moves the picture by one latent column, one token, a latent frame

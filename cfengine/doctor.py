@@ -27,6 +27,8 @@ PACKAGES = (
     ("typer", "typer", "the command line", ""),
     ("rich", "rich", "the command line", ""),
     ("huggingface_hub", "huggingface_hub", "weights from the hub", ""),
+    ("c2pa-python", "c2pa", "the signed record in a video that it is synthetic", ""),
+    ("cryptography", "cryptography", "the key that signs it", ""),
     ("transformers", "transformers", "the UMT5 text encoder of the Wan models", "text"),
     ("sentencepiece", "sentencepiece", "the tokenizer of the Wan models", "text"),
     ("ftfy", "ftfy", "prompt cleaning of the Wan models", "text"),

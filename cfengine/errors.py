@@ -21,6 +21,10 @@ class OutputError(CFEngineError):
     """A place that cannot be written to."""
 
 
+class ProvenanceError(CFEngineError):
+    """A record of where a file comes from that cannot be made, or a key that cannot sign it."""
+
+
 class KernelError(CFEngineError):
     """An implementation that is not built, or operands that it cannot take."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cfengine.errors import OutputError
+from cfengine.errors import OutputError, ProvenanceError
+from cfengine.provenance import SYNTHETIC, Record, sign
 
 if TYPE_CHECKING:
     import av
@@ -60,12 +62,16 @@ class VideoWriter:
     While it grows the file is a chain of self-contained fragments of one second, so even a killed process leaves a
     file that plays up to the last fragment. `close` rewrites it (packets are copied, not encoded again) with its index
     in front, as players that stream expect. The file is opened at the first frame: a run that produces none leaves an
-    older file of that name alone. Colours are BT.709, limited range, and tagged so.
+    older file of that name alone. Colours are BT.709, limited range, and tagged so. What was closed is signed as
+    synthetic (`cfengine.provenance`); where it cannot be signed, a warning says why, and the file stays.
 
     fps: frames a second      scale: whole factor that repeats each pixel      crf: x264 quality, lower is better
+    record: what the file says of its making; None leaves it without a record
     """
 
-    def __init__(self, path: str | Path, *, fps: float, scale: int = 1, crf: int = 18) -> None:
+    def __init__(
+        self, path: str | Path, *, fps: float, scale: int = 1, crf: int = 18, record: Record | None = SYNTHETIC
+    ) -> None:
         if scale < 1:
             raise OutputError(f"scale is {scale}; give a whole number of at least 1")
         if not fps > 0:
@@ -74,6 +80,7 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(1001)
         self.scale = scale
         self.crf = crf
+        self.record = record
         self.frames = 0
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
@@ -134,6 +141,7 @@ class VideoWriter:
             raise self._failure(error) from error
         self._container = None
         self._index_first()
+        self._sign()
 
     def _check(self, pixels: np.ndarray) -> None:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
@@ -199,6 +207,15 @@ class VideoWriter:
             with suppress(FileNotFoundError):
                 os.unlink(name)
 
+    def _sign(self) -> None:
+        """Put the record into the finished file; nothing that goes wrong here may cost a frame."""
+        if self.record is None:
+            return
+        try:
+            sign(self.path, self.record)
+        except ProvenanceError as error:
+            warnings.warn(f"{self.path} carries no record that it is synthetic: {error}", stacklevel=3)
+
     def _failure(self, error: Exception) -> OutputError:
         """Close a file that could not be written to the end; what is left of it plays, and `frames` counts that."""
         import av
@@ -214,6 +231,8 @@ class VideoWriter:
             self.frames = sum(1 for _ in read_video(self.path))
         except OutputError:
             self.frames = 0
+        if self.frames:
+            self._sign()
         return OutputError(
             f"writing {self.path} failed at frame {written} ({_reason(error)}) and {self.frames} frames are in it; "
             "free space or choose another place"
@@ -239,7 +258,13 @@ def _reason(error: Exception) -> str:
 
 
 def read_video(path: str | Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video file in order, each (height, width, 3) uint8 RGB.
+    """Yield the frames of a video file in order, each (height, width, 3) uint8 RGB; OutputError as `decode_video`."""
+    for frame in decode_video(path):
+        yield frame.to_ndarray(format="rgb24")
+
+
+def decode_video(path: str | Path) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a video file in order, with their times and not yet as RGB.
 
     OutputError: the file is missing, holds no video, or cannot be decoded.
     """
@@ -252,8 +277,7 @@ def read_video(path: str | Path) -> Iterator[np.ndarray]:
         with av.open(str(path.absolute())) as container:
             if not container.streams.video:
                 raise OutputError(f"{path} holds no video stream; give a video file")
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+            yield from container.decode(video=0)
     except av.FFmpegError as error:
         raise OutputError(
             f"{path} cannot be read as a video ({_reason(error)}); the file is damaged or of another kind"

@@ -17,6 +17,16 @@ from cfengine.model.dit import CausalDiT
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any Triton kernel is defined: they then run on the CPU
 
+
+@pytest.fixture(scope="session", autouse=True)
+def config_folder(tmp_path_factory):
+    """A configuration folder for the tests and the processes they start: no key is made in the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("config")
+        patch.setenv("CFENGINE_CONFIG_DIR", str(folder))
+        yield folder
+
+
 TOY = EngineConfig(
     name="toy",
     model=ModelConfig(dim=48, ffn_dim=96, heads=2, layers=2, text_dim=8, text_len=12, freq_dim=16),

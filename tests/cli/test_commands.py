@@ -22,7 +22,7 @@ except SystemExit:
 heavy = {"torch", "numpy", "av", "transformers", "diffusers", "safetensors"} & set(sys.modules)
 assert not heavy, heavy
 """
-    for arguments in (["--help"], ["--version"], ["models"], ["generate", "--help"]):
+    for arguments in (["--help"], ["--version"], ["models"], ["generate", "--help"], ["verify", "--help"]):
         done = python(code, *arguments)
         assert done.returncode == 0, done.stderr
     mistake = python(code.replace('"numpy", "av", ', ""), "generate", "hills", "--policy", "lru")
