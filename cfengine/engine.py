@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cfengine.codec import Codec, load_codec
-from cfengine.config import PRESETS, EngineConfig, PrecisionConfig, cache_dir, preset, with_policy
+from cfengine.config import EngineConfig, PrecisionConfig, cache_dir, with_policy
 from cfengine.config import precision as config_precision
 from cfengine.device import check_device, check_fits, device_errors, page_bytes
 from cfengine.errors import CFEngineError, ConfigError, DeviceError, PromptError
@@ -21,7 +21,7 @@ from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import CachedTextEncoder, TextEncoder
 from cfengine.model.text_tiny import TinyTextEncoder
-from cfengine.model.weights import infer_config, load_dit
+from cfengine.model.weights import load_dit
 from cfengine.ops import HINTS, OPERATIONS, Ops, not_built, row, select
 from cfengine.ranges import spanned
 from cfengine.scheduler.batch import per_session
@@ -34,10 +34,10 @@ from cfengine.scheduler.sampler import Schedule
 from cfengine.segments.exported import GraphSegments
 from cfengine.segments.torch import TorchSegments
 from cfengine.session import Batch, Session, check_num_frames, check_seed
+from cfengine.sources import config_of, sources_of
 from cfengine.types import Frame
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt", "auto")  # what runs segments; auto: the faster one on this GPU
-WEIGHTS = Path(__file__).parent / "weights"  # what the package ships
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -112,9 +112,9 @@ class Engine:
         exported: str | Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
-        """Load a preset, a local checkpoint (file or folder) or a hub id.
+        """Load a preset, a local checkpoint (file or folder, also one that `cfengine.training` made) or a hub id.
 
-        dtype: "float32" or "bfloat16" (default: float32 for the shipped model, bfloat16 for the others)
+        dtype: "float32" or "bfloat16" (default: float32 for small-world models, bfloat16 for the others)
         config: overrides the preset's configuration; a checkpoint without one is taken as Context Forcing at the sizes
         its tensors show      policy: another memory rule over the same number of slots
         size: (width, height) in pixels      taehv: `taew2_1` weights (file, folder or hub id) to decode with, not the
@@ -133,7 +133,7 @@ class Engine:
         check_backend(backend, exported)
         name = str(source)
         if config is None:
-            config = cls._config_of(name)
+            config = config_of(name)
         if policy is not None:
             config = dataclasses.replace(config, memory=with_policy(config.memory, policy))
         if size is not None:
@@ -142,27 +142,22 @@ class Engine:
             config = dataclasses.replace(config, precision=config_precision(precision))
         if taehv is not None:
             config = dataclasses.replace(config, codec="taehv")
-        shipped = WEIGHTS / name if name in PRESETS and not PRESETS[name].dit_source else None
+        sources = sources_of(name, config)
         # a choice that is not built fails before any weights load
         select(_device_type(device), dict(config.kernels), fp8=config.precision.fp8)
         if threads is not None:
             torch.set_num_threads(threads)
-        kind = _dtype(dtype) or (torch.float32 if shipped else torch.bfloat16)
-        if shipped:
-            dit, codec, text = (str(shipped / f"{part}.safetensors") for part in ("dit", "codec", "text"))
-        else:
-            dit = config.dit_source if name in PRESETS else name
-            codec = text = name if _is_wan_folder(name) else config.base_source
-        codec = str(taehv or codec)
+        kind = _dtype(dtype) or (torch.float32 if sources.small else torch.bfloat16)
         with torch.device("meta"):
             model = CausalDiT(config.model)
         if _device_type(device) == "cuda":
             needed = sum(p.numel() for p in model.parameters()) * kind.itemsize
             check_fits(f"the model of {config.name!r}", needed, config, device, kind.itemsize)
         with device_errors(config, device, kind.itemsize):
-            model.load_state_dict(load_dit(dit, config.model, dtype=kind, device=device), assign=True)
-            encoder = _text_encoder(config, text, device)
-            pixels = load_codec(config, codec, device, torch.float32 if _device_type(device) == "cpu" else kind)
+            model.load_state_dict(load_dit(sources.dit, config.model, dtype=kind, device=device), assign=True)
+            encoder = _text_encoder(config, sources.text, device)
+            exact = torch.float32 if _device_type(device) == "cpu" else kind
+            pixels = load_codec(config, str(taehv or sources.codec), device, exact)
         return cls(
             config,
             model,
@@ -175,18 +170,6 @@ class Engine:
             exported=exported,
             progress=progress,
         )
-
-    @staticmethod
-    def _config_of(name: str) -> EngineConfig:
-        """Configuration of a preset, or of a checkpoint whose sizes its tensors show."""
-        if name in PRESETS:
-            return preset(name)
-        if "/" not in name and not Path(name).exists():
-            raise ConfigError(
-                f"unknown model {name!r}: no such file or folder, and the presets are {', '.join(PRESETS)}"
-            )
-        known = next((p for p in PRESETS.values() if p.dit_source == name), PRESETS["context-forcing"])
-        return dataclasses.replace(known, name=name, model=infer_config(name))
 
     def implementations(self) -> dict[str, str]:
         """Which implementation serves each operation."""
@@ -390,11 +373,6 @@ def _text_encoder(config: EngineConfig, source: str, device: torch.device | str)
     return CachedTextEncoder.umt5(
         source, cache_dir() / "prompts", device=device, text_dim=model.text_dim, text_len=model.text_len
     )
-
-
-def _is_wan_folder(name: str) -> bool:
-    """True for a local folder that brings its own VAE, and so its text encoder: a whole Wan release."""
-    return any((Path(name) / part).exists() for part in ("Wan2.1_VAE.pth", "vae"))
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "ranges": set(),
     "device": set(),
     # ops: it chooses; export: a backend that has no export yet makes one
-    "engine": {"session", "scheduler", "memory", "model", "segments", "codec", "ops", "device", "export"},
+    "engine": {"session", "scheduler", "memory", "model", "segments", "codec", "ops", "device", "export", "sources"},
+    "sources": {"model"},  # sizes of a checkpoint are read off its tensors
     "session": {"scheduler", "memory", "device"},
     "scheduler": {"memory", "segments", "codec", "ops"},
     "memory": {"ops"},
@@ -32,7 +33,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "codec": {"ops", "checkpoint"},
     "checkpoint": set(),  # reads files of weights for the model and the codecs, and knows neither
     "ops": {"kernels", "_C"},  # the only door to kernels
-    "video": set(),
+    "video": {"provenance"},
+    "provenance": set(),
     "testing": {"model", "segments", "memory", "scheduler", "ops", "export"},
     "training": {"model", "memory", "scheduler", "codec", "ops"},
     "embed": {"engine", "session"},
@@ -40,6 +42,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "cli": ANYTHING,
     "cli_generate": ANYTHING,
     "cli_export": ANYTHING,
+    "cli_verify": ANYTHING,
     "cli_display": ANYTHING,
     "doctor": ANYTHING,
     "kernels": {"_C"},
@@ -57,7 +60,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("session", "model"): "annotations name the cached keys and values of a prompt; nothing is called",
 }
 
-TRAINING_FACE = {"world", "measure", "data"}  # renderer and geometry that generated video is measured with
+TRAINING_FACE = {"world", "measure", "data", "trials"}  # renderer and geometry that generated video is measured with
 
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy"}  # beside the standard library
 HEAVY = {
@@ -70,6 +73,8 @@ HEAVY = {
     "tensorrt",
     "tensorrt_rtx",
     "huggingface_hub",
+    "c2pa",
+    "cryptography",
 }
 MARKERS = {"cpu", "gpu", "trt", "embed"}
 MAGIC = {1560, 4680, 32760}  # sizes of one resolution; they are derived in config.py

@@ -79,6 +79,14 @@ class Memory:
         self.tables.reset()
         self.promotions.zero_()
 
+    def load(self, other: Memory) -> None:
+        """Take over the pages and tables of a memory of the same configuration, in place."""
+        pairs = [(self.pool.k, other.pool.k), (self.pool.v, other.pool.v), (self.promotions, other.promotions)]
+        if self.pool.k_scale is not None:
+            pairs += [(self.pool.k_scale, other.pool.k_scale), (self.pool.v_scale, other.pool.v_scale)]
+        for mine, theirs in (*pairs, *zip(self.tables.tensors(), other.tables.tensors(), strict=True)):
+            mine.copy_(theirs)
+
     def show(self, out: Shown | None = None) -> Shown:
         """Copy to host memory what the tables show; without waiting, where `out` lies in pinned memory."""
         if out is None:

@@ -76,9 +76,13 @@ class Tables:
         self.layers = [LayerTable(*(tensor[layer] for tensor in self.stacked)) for layer in range(layers)]
         self.reset()
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that a table says, for all layers."""
+        return (*self.stacked, self.ends, self.marked)
+
     def reset(self) -> None:
         """Forget everything, in place."""
-        for tensor in (*self.stacked, self.ends, self.marked):
+        for tensor in self.tensors():
             tensor.zero_()
         self.stacked.sources.fill_(-1)
         self.stacked.similarity.fill_(float("nan"))

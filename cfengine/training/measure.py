@@ -124,3 +124,17 @@ def landmarks_in(frame: np.ndarray, look: world.Look, least: int = 40) -> list[S
             shape, fit, middle = match(mask, first, last)
             seen.append(Seen(middle, shape, colour, fit))
     return sorted(seen)
+
+
+def palette_distance(frame: np.ndarray, look: world.Look) -> float:
+    """Distance of the colours of pure sky and pure ground from the look's own, in levels of 255.
+
+    The mean over channels of the Wasserstein-1 distance between the two histograms; the worse of sky and ground.
+    """
+    sky, ground, _ = world.backdrop(look)
+    distances = []
+    for rows, colours in ((SKY_ROWS, sky), (GROUND_ROWS, ground)):
+        shown = np.sort(frame[rows].reshape(-1, 3).astype(np.float64), axis=0)
+        wanted = np.sort(np.repeat(colours[rows], frame.shape[1], axis=0), axis=0)
+        distances.append(np.abs(shown - wanted).mean())
+    return float(max(distances))

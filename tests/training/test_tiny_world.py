@@ -8,7 +8,7 @@ import torch
 
 from cfengine import Engine
 from cfengine.bench import world as bench
-from cfengine.engine import WEIGHTS
+from cfengine.sources import WEIGHTS
 from cfengine.training import measure, world
 
 pytestmark = pytest.mark.cpu
