@@ -32,10 +32,14 @@ class Strips(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """latents: (B, C, 3, 16, rows, columns) float32, true views      concepts: (B, C, 4) concept number per group"""
+    """latents: (B, C, 3, 16, rows, columns) float32, true views      concepts: (B, C, 4) concept number per group
+
+    yaws: (B, C, 3) of the views, in latent columns
+    """
 
     latents: torch.Tensor
     concepts: torch.Tensor
+    yaws: torch.Tensor
 
 
 def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:
@@ -80,6 +84,18 @@ def camera_script(chunks: int, draw: np.random.Generator) -> np.ndarray:
     return np.asarray(rates[:chunks])
 
 
+def shuttle(chunks: int, draw: np.random.Generator) -> np.ndarray:
+    """Rates as in `camera_script` of a camera that goes back and forth within 2 to 9 chunks of where it began."""
+    width, side, at = int(draw.integers(2, 10)), int(draw.choice((-1, 1))), 0
+    rates: list[int] = []
+    while len(rates) < chunks:
+        goal = int(draw.choice([place for place in range(width + 1) if place != at]))
+        rates += [world.RATES["right"] * side * (1 if goal > at else -1)] * abs(goal - at)
+        rates += [world.RATES["hold"]] * int(draw.choice((0, 0, 0, 1, 2)))
+        at = goal
+    return np.asarray(rates[:chunks])
+
+
 def view(strip: torch.Tensor, yaws: torch.Tensor) -> torch.Tensor:
     """Strips (n, COLUMNS, rows, channels) seen at yaws (n, f) in columns -> (n, f, channels, rows, VIEW) float32."""
     columns = (yaws[..., None] + torch.arange(VIEW)) % COLUMNS
@@ -99,10 +115,14 @@ def camera_concept(rate: int) -> int:
     return CONCEPTS.index(concepts_of(world.prompt_for(rate, world.Look()))[0])
 
 
-def draw_batch(strips: Strips, size: int, chunks: int, draw: np.random.Generator) -> Batch:
-    """Sessions of `chunks` chunks in random scenes; in one of eight the prompt changes the look on the way."""
+def draw_batch(strips: Strips, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
+    """Sessions of `chunks` chunks in random scenes; in one of eight the prompt changes the look on the way.
+
+    shuttles: share of sessions whose camera is a `shuttle`, not a `camera_script`
+    """
     scenes = torch.from_numpy(draw.integers(len(strips.latents), size=size))
-    rates = np.stack([camera_script(chunks, draw) for _ in range(size)])
+    scripts = [shuttle if shuttles and draw.random() < shuttles else camera_script for _ in range(size)]
+    rates = np.stack([script(chunks, draw) for script in scripts])
     yaws = torch.from_numpy(latent_yaws(rates, 0) + draw.integers(COLUMNS, size=(size, 1)))
     change = np.where(draw.random(size) < 0.125, draw.integers(1, max(2, chunks), size=size), chunks)
     look = torch.from_numpy((np.arange(chunks) >= change[:, None]).astype(np.int64))  # (B, C)
@@ -111,4 +131,4 @@ def draw_batch(strips: Strips, size: int, chunks: int, draw: np.random.Generator
     latents = both[torch.arange(size)[:, None], look, torch.arange(chunks)]
     camera = torch.tensor([[[camera_concept(int(rate))] for rate in row] for row in rates])
     words = strips.words[scenes[:, None], look]
-    return Batch(latents, torch.cat([camera, words], dim=-1))
+    return Batch(latents, torch.cat([camera, words], dim=-1), yaws.unflatten(1, (chunks, CHUNK_FRAMES)))

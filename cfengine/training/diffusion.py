@@ -24,6 +24,7 @@ from cfengine.training.state import Progress, World
 
 TAUGHT = SamplerConfig()  # the schedule whose levels the teacher sees most; a student may walk another one
 COPIES = 2  # noisy copies of every chunk in a step
+EARLY = 0.24  # share of the training after which the network is also kept as it is then, to guide the distillation
 LENGTHS = {  # chunks of a session, sessions in a batch of one process: share of batches early, late
     (2, 8): (0.0, 0.15),
     (4, 4): (0.45, 0.2),
@@ -54,11 +55,18 @@ def spread(sigma: Tensor) -> Tensor:
     return sigma[..., None, None, None, None]
 
 
-def draw_sequence(strips: Strips, share: float, common: np.random.Generator, draw: np.random.Generator) -> Batch:
-    """A batch whose session length follows the curriculum and is the same in all processes."""
+def lengths_at(share: float) -> dict[tuple[int, int], float]:
+    """LENGTHS with their shares of batches when `share` of the training is done."""
     blend = min(1.0, share / 0.4)
-    weights = np.asarray([(1 - blend) * early + blend * late for early, late in LENGTHS.values()])
-    chunks, size = list(LENGTHS)[common.choice(len(LENGTHS), p=weights / weights.sum())]
+    return {length: (1 - blend) * early + blend * late for length, (early, late) in LENGTHS.items()}
+
+
+def draw_sequence(
+    strips: Strips, lengths: dict[tuple[int, int], float], common: np.random.Generator, draw: np.random.Generator
+) -> Batch:
+    """A batch whose length, of `lengths` and their shares, is the same in all processes."""
+    weights = np.asarray([*lengths.values()])
+    chunks, size = list(lengths)[common.choice(len(lengths), p=weights / weights.sum())]
     return draw_batch(strips, size, chunks, draw)
 
 
@@ -85,13 +93,24 @@ def training_step(
     with torch.autocast("cpu", torch.bfloat16):
         guess = flow(world.dit, config.memory, context, noisy, 1000 * sigma, world.table[batch.concepts])
     loss = (guess - (noise - batch.latents)).square().mean()
-    with torch.no_grad():
-        least = sigma.argmin(0)
-        pick = least[None, ..., None, None, None, None].expand(1, *batch.latents.shape)
-        made = (noisy - spread(sigma) * guess).gather(0, pick)[0]
-        near = (sigma.amin(0) <= levels[-1] + 0.05)[..., None, None, None, None]
-        made = torch.where(near, made, context)
-    return loss, made
+    return loss, made_of(batch.latents, context, noisy, guess, sigma)
+
+
+@torch.no_grad()
+def made_of(latents: Tensor, context: Tensor, noisy: Tensor, guess: Tensor, sigma: Tensor) -> Tensor:
+    """x0 (B, C, ...) of the copy of each chunk with the least noise, where that is little; elsewhere the context.
+
+    noisy, guess: (K, B, C, ...) and the flow seen in it      sigma: (K, B, C)
+    """
+    pick = spread(sigma.argmin(0, keepdim=True)).expand(1, *latents.shape)
+    made = (noisy - spread(sigma) * guess).gather(0, pick)[0]
+    near = spread(sigma.amin(0, keepdim=True) <= sampler_sigmas()[-1] + 0.05)[0]
+    return torch.where(near, made, context)
+
+
+def early_state(out: Path) -> Path:
+    """Where `train_diffusion` leaves the network of its first EARLY of all steps."""
+    return out.with_name(f"{out.stem}-early{out.suffix}")
 
 
 def train_diffusion(
@@ -104,15 +123,16 @@ def train_diffusion(
     *,
     peak: float = 2e-3,
 ) -> None:
-    """Train to `steps` steps, going on from `out` where it exists, and leave the state there."""
+    """Train to `steps` steps, going on from `out` where it exists, and leave the state there; see `early_state`."""
     torch.manual_seed(seed)
+    early = max(1, round(EARLY * steps))
     progress = Progress(World(config.model), decay=0.998)
     progress.resume(out)
     mean = None
     while progress.step < steps:
         share = progress.step / steps
         common, draw = draws(seed, progress.step)
-        batch = draw_sequence(strips, share, common, draw)
+        batch = draw_sequence(strips, lengths_at(share), common, draw)
         made = None
         for _ in range(1 if share < 0.2 else 3):
             context = corrupt(batch.latents, made, draw)
@@ -122,6 +142,8 @@ def train_diffusion(
             mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
             if rank() == 0 and progress.step % 20 == 0:
                 report("dit", {"step": progress.step, "of": steps, "loss": mean})
+            if rank() == 0 and progress.step == early:
+                progress.save(early_state(out))
             if rank() == 0 and progress.step % 120 == 0:
                 progress.save(out)
     if rank() == 0:

@@ -10,7 +10,8 @@ sits at position anchor - 6 - k, so only the table of page ids depends on the da
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,18 @@ class Places(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """What the chunks of a layer see: keys (turned to their places), values (B C, heads, L, head_dim), hidden slots."""
+    """What the chunks of a layer see: keys (turned to their places), values (B C, heads, L, head_dim), hidden slots.
+
+    ids: (B, C, slots) as in `page_table`
+    """
 
     keys: Tensor
     values: Tensor
     hidden: Tensor
+    ids: Tensor
+
+
+Watch = Callable[[Tensor, Pages], None]  # sees attention (B C, heads, streams, T, L) on the page tokens of a block
 
 
 class Context(NamedTuple):
@@ -127,7 +135,7 @@ def _recall(keys: Tensor, values: Tensor, mean: Tensor, where: Places, memory: M
     ]
     seen[0] = turn(seen[0], where.context)
     hidden = ~valid.flatten(0, 1).repeat_interleave(T // c, dim=-1)[:, None, None]
-    return Pages(*(part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in seen), hidden)
+    return Pages(*(part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in seen), hidden, pages)
 
 
 def _project(block: Block, normed: Tensor, where: Places) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +146,9 @@ def _project(block: Block, normed: Tensor, where: Places) -> tuple[Tensor, Tenso
     return keys, attention.split(attention.v(normed)), raw
 
 
-def _attend(block: Block, normed: Tensor, keys: Tensor, values: Tensor, pages: Pages, where: Places) -> Tensor:
+def _attend(
+    block: Block, normed: Tensor, keys: Tensor, values: Tensor, pages: Pages, where: Places, watch: Watch | None = None
+) -> Tensor:
     """Self-attention of streams over pages and over each chunk's own tokens; normed (streams, B, C, T, dim)."""
     attention = block.self_attn
     streams, B, C, T, dim = normed.shape
@@ -152,6 +162,8 @@ def _attend(block: Block, normed: Tensor, keys: Tensor, values: Tensor, pages: P
     scale = attention.head_dim**-0.5
     weight = torch.softmax(torch.cat([far, near], dim=-1) * scale, dim=-1).to(own_v.dtype)
     far, near = weight.split([far.shape[-1], T], dim=-1)
+    if watch is not None:
+        watch(far.unflatten(2, (streams, T)), pages)
     out = (far @ pages.values).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ own_v
     return attention.o(out.permute(2, 0, 3, 1, 4).reshape(streams, B, C, T, dim))
 
@@ -231,20 +243,28 @@ def remember(model: CausalDiT, memory: MemoryConfig, clean: Tensor, text: Tensor
     return context
 
 
-def flow_from(model: CausalDiT, context: Context, noisy: Tensor, timestep: Tensor) -> Tensor:
+def flow_from(
+    model: CausalDiT,
+    context: Context,
+    noisy: Tensor,
+    timestep: Tensor,
+    watch: Callable[[int, Tensor, Pages], None] | None = None,
+) -> Tensor:
     """Predict the flow of noisy chunks under a context.
 
     noisy: (K, B, C, c, channels, h, w)      timestep: (K, B, C), 0 .. 1000      -> as noisy, float32
+    watch(block, attention (B C, heads, K, T, L), pages) sees how every block attends to its page tokens
     """
     config = model.config
     grid = (noisy.shape[-2] // config.patch[1], noisy.shape[-1] // config.patch[2])
     x = _patches(model, noisy)
     six, embedded = _modulation(model, timestep)
-    for block, pages in zip(model.blocks, context.layers, strict=True):
+    for number, (block, pages) in enumerate(zip(model.blocks, context.layers, strict=True)):
+        see = partial(watch, number) if watch else None
         m = (block.modulation[0][:, None, None, None, None] + six).to(x.dtype)
         normed = _normed(x, m[0], m[1], config.eps)
         keys, values, _ = _project(block, normed, context.where)
-        x = _rest(block, x, _attend(block, normed, keys, values, pages, context.where), m, context)
+        x = _rest(block, x, _attend(block, normed, keys, values, pages, context.where, see), m, context)
     shift, scale = (model.head.modulation[0][:, None, None, None, None] + embedded[..., None, :]).unbind(0)
     tokens = model.head.head(_normed(x, shift, scale, config.eps)).float()
     return model.unpatchify(tokens.flatten(0, 3), grid).view(noisy.shape)

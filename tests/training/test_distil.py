@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
+from cfengine.ops import select
 from cfengine.training import distil
 from cfengine.training.data import Batch
 from cfengine.training.state import World
@@ -34,7 +35,7 @@ def batch(chunks: int = 3) -> Batch:
     torch.manual_seed(7)
     video = CONFIG.video
     shape = (2, chunks, CONFIG.memory.chunk_frames, 16, video.latent_height, video.latent_width)
-    return Batch(torch.randn(shape), torch.randint(12, (2, chunks, 4)))
+    return Batch(torch.randn(shape), torch.randint(12, (2, chunks, 4)), torch.zeros(2, chunks, 3))
 
 
 @pytest.fixture
@@ -43,25 +44,34 @@ def contexts():
     return given, lambda of: distil.context_of(of, CONFIG, given.latents, given.concepts)
 
 
-def test_equal_judges_leave_a_sample_alone(contexts) -> None:
-    given, see = contexts
-    teacher = world(0)
-    seen = see(teacher)
-    draw = np.random.default_rng(0)
-    gradient = distil.matching_gradient(teacher, copy.deepcopy(teacher), (seen, seen), given.latents[None], draw)
-    assert gradient.abs().max() == 0
-
-
-def test_the_gradient_moves_a_sample_from_the_critic_towards_the_teacher(contexts) -> None:
-    """A critic whose flow is one lower denoises to values higher by sigma: the sample is told to go down."""
-    given, see = contexts
-    teacher = world(0)
-    critic = copy.deepcopy(teacher)
+def lowered(teacher: World, by: float) -> World:
+    """The same world with a flow that is lower: it denoises to values that are higher by sigma times that."""
+    made = copy.deepcopy(teacher)
     with torch.no_grad():
-        critic.dit.head.head.bias.sub_(1)
+        made.dit.head.head.bias.sub_(by)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("critic", "early", "sign"),
+    [
+        (0, 0, 0),  # equal judges leave a sample alone
+        (1, 0, 1),  # a sample goes down, against the gradient, from the critic towards the teacher
+        (0, 1, 1),  # and away from what the early teacher makes of it
+        (0, -1, -1),
+        (1, -1, 0),  # the guided teacher: as far beyond the teacher as the early one stays behind
+    ],
+)
+def test_where_a_sample_is_told_to_go(contexts, critic: float, early: float, sign: int) -> None:
+    given, see = contexts
+    teacher = world(0)
+    judges = distil.Judges(lowered(teacher, critic), teacher, lowered(teacher, early))
     draw = np.random.default_rng(0)
-    gradient = distil.matching_gradient(critic, teacher, (see(teacher),) * 2, given.latents[None], draw)
-    assert gradient.min() > 0  # a step goes against it
+    gradient = distil.matching_gradient(judges, (see(teacher),) * 3, given.latents[None], draw)
+    if sign:
+        assert (gradient * sign).min() > 0
+    else:  # flows of about 1 leave a bfloat16 product: 2^-8 for each of two judges, over a size of at least a half
+        assert gradient.abs().max() <= (2**-6 if critic else 0)
 
 
 def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypatch) -> None:
@@ -85,27 +95,36 @@ def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypat
 
 
 def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
-    teacher = world(0).requires_grad_(False)
-    before = copy.deepcopy(teacher.state_dict())
-    work = distil.Distillation(teacher, CONFIG)
+    teacher, early = world(0).requires_grad_(False), world(2).requires_grad_(False)
+    before, rough = copy.deepcopy(teacher.state_dict()), copy.deepcopy(early.state_dict())
+    work = distil.Distillation(teacher, early, CONFIG)
     given, draw = batch(), np.random.default_rng(0)
     made = work.step(given, given.latents, 1e-3, 3, draw, anchored=True)
     assert set(made.measures) == {"gradient", "critic", "anchor"} and all(map(np.isfinite, made.measures.values()))
     assert made.sample.shape == made.redrawn.shape == given.latents.shape
     assert not made.sample.requires_grad and not made.redrawn.requires_grad
     assert all(torch.equal(before[name], now) for name, now in teacher.state_dict().items())
+    assert all(torch.equal(rough[name], now) for name, now in early.state_dict().items())
     name = "dit.blocks.0.ffn.0.weight"
     student, critic = work.student.world.state_dict()[name], work.critic.world.state_dict()[name]
     assert not torch.equal(student, before[name]) and not torch.equal(critic, before[name])
     assert work.critic.step == distil.CRITIC_STEPS and work.student.step == 1
 
 
-def test_a_context_turns_into_samples_chunk_by_chunk() -> None:
-    """Truth is 0, the first samples are 1, the next 2: every chunk but the sink ends with a sample, its neighbours
-    with one made a turn earlier or later."""
-    latents = torch.zeros(1, 6, 1, 1, 1, 1)
-    turns = []
-    for turn in range(3):
-        latents = distil.continued(latents, torch.full_like(latents, turn + 1), 1 + turn)
-        turns.append(latents.flatten().int().tolist())
-    assert turns == [[0, 1, 0, 1, 0, 1], [0, 1, 2, 1, 2, 1], [0, 3, 2, 3, 2, 3]]
+def test_a_rollout_keeps_given_chunks_and_makes_the_rest() -> None:
+    student, given = world(0).requires_grad_(False), batch(4)
+    with torch.inference_mode():
+        made = distil.roll_out(student, CONFIG, select("cpu"), given, 2, [5, 6])
+        again = distil.roll_out(student, CONFIG, select("cpu"), given, 2, [5, 6])
+        other = distil.roll_out(student, CONFIG, select("cpu"), given, 2, [5, 7])
+    assert torch.equal(made[:, :2], given.latents[:, :2]) and made.shape == given.latents.shape
+    assert torch.equal(made, again) and torch.equal(made[0], other[0]) and not torch.equal(made[1], other[1])
+    assert not torch.isclose(made[:, 2:], given.latents[:, 2:]).any(dim=(3, 4, 5)).all()
+
+
+def test_the_horizon_grows() -> None:
+    common = np.random.default_rng(0)
+    drawn = {share: {distil.horizon(share, common) for _ in range(300)} for share in (0.0, 0.39, 0.4, 1.0)}
+    least, first, last = distil.LONG
+    assert drawn[0.0] == drawn[0.39] == set(range(distil.SHORT[0], distil.SHORT[1] + 1))
+    assert drawn[0.4] == set(range(least, first + 1)) and drawn[1.0] == set(range(least, last + 1))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cfengine.config import ModelConfig, preset
-from cfengine.training.recipe import Effort, Log, averaged, mean_of, train
+from cfengine.training.recipe import STUDENTS, Effort, Log, averaged, mean_of, train
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
@@ -35,7 +35,7 @@ def test_every_stage_runs_once_and_is_skipped_the_next_time(tmp_path) -> None:
     assert [stages.count(stage) for stage in ("codec", "decoder")] == [1, 1]
     names = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert set(names) == {"codec.safetensors", "dit.safetensors", "text.safetensors"}
-    students, steps = zip(*(averaged(tmp_path / f"student{i}.state", config) for i in range(3)), strict=True)
-    assert steps == (4, 4, 4)  # whole batches
+    students, steps = zip(*(averaged(tmp_path / f"student{own}.state", config) for own in STUDENTS), strict=True)
+    assert steps == (4, 4)  # whole batches
     expected = mean_of(list(students)).dit.patch_embedding.weight.half()
     assert torch.equal(names["dit.safetensors"]["patch_embedding.weight"], expected)

@@ -1,0 +1,147 @@
+"""Teaching the teacher to look things up: attention that finds where a place was seen before.
+
+Copying what the chunk before shows, shifted as the prompt says, explains nearly everything in a video of this world;
+the few columns that come back after they were out of view are the only ones that need the memory, and diffusion alone
+did not learn to find them in 3,000 steps. So the renderer's geometry says which page tokens show the place of a token,
+and some heads are held to them: the loss of a head is -log(its attention on those page tokens). In about 800 steps half
+of that attention falls on the right tokens, and columns that come back are then copied. A session walks back and forth
+(`shuttle`), so that most of what enters the view was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfengine.config import EngineConfig
+from cfengine.training.data import COLUMNS, VIEW, Batch, Strips, draw_batch
+from cfengine.training.diffusion import COPIES, corrupt, draw_sigmas, made_of, sampler_sigmas, spread
+from cfengine.training.forward import Pages, flow_from, remember
+from cfengine.training.parallel import draws, rank
+from cfengine.training.state import Progress, World
+
+BLOCKS, HEADS = (2, 3, 4), 3  # where attention is taught: the first heads of these blocks
+HIGH = (1.0, 0.94, 0.88, 0.8)  # noise levels of one of the copies: what is new is decided there
+STEADY = 0.7  # share of the steps at the full learning rate; it then falls to zero
+EARLY_LENGTHS = {(16, 1): 1.0}  # chunks of a session, sessions in a batch of one process: share while steady
+LATE_LENGTHS = {(4, 4): 0.1, (8, 2): 0.25, (16, 1): 0.4, (28, 1): 0.25}
+SHUTTLES = (1.0, 0.65)  # share of sessions that walk back and forth: while steady, then
+WEIGHTS = (0.5, 0.2)  # of the loss of attention: while steady, then
+MORE = (3.0, 2.0)  # how much more a returning column counts in the loss of the flow: while steady, then
+USES = (1, 2)  # of a batch; from the second on, its context holds what the model made (error recycling)
+
+
+class Lookup(NamedTuple):
+    """What attention is taught.
+
+    columns: (B, C, c, VIEW) column of the world that each token column shows      rows: of tokens in a frame
+    returning: as columns, 1 where the column was seen before, but not in the chunk before
+    """
+
+    columns: Tensor
+    returning: Tensor
+    rows: int
+
+    def loss(self, weight: Tensor, pages: Pages) -> Tensor:
+        """-log(attention on the page tokens that show the same place), mean over the tokens that return.
+
+        weight: (B C, heads, K, T, L), attention of noisy chunks on page tokens
+        """
+        count, c, width = pages.ids.shape[0] * pages.ids.shape[1], self.columns.shape[2], self.columns.shape[3]
+        own = self.columns.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1)  # (B C, T)
+        shown = self.columns.reshape(-1, width)[pages.ids.flatten(0, 1)]  # (B C, slots, VIEW)
+        shown = shown[:, :, None].expand(-1, -1, self.rows, -1).flatten(1)  # (B C, L)
+        row = torch.arange(self.rows)[:, None].expand(-1, width).flatten()
+        same = (own[..., None] == shown[:, None]) & (row.repeat(c)[:, None] == row.repeat(pages.ids.shape[2]))
+        same &= ~pages.hidden.reshape(count, 1, -1)
+        taught = self.returning.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1) * same.any(-1)
+        right = (weight.float() * same[:, None, None]).sum(-1)  # (B C, heads, K, T)
+        total = taught.sum() * right.shape[1] * right.shape[2]
+        return (-(right + 1e-4).log() * taught[:, None, None]).sum() / total.clamp(min=1)
+
+
+def seen_columns(yaws: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the world that chunks show, and 1 where one returns: it was seen, but not in the chunk before.
+
+    yaws: (B, C, c) in columns      -> (B, C, c, VIEW) twice
+    """
+    columns = (yaws[..., None] + torch.arange(VIEW)) % COLUMNS
+    shown = torch.zeros(*yaws.shape[:2], COLUMNS).scatter_(-1, columns.flatten(2), 1.0)
+    before = shown.roll(1, 1)
+    before[:, 0] = 0
+    ever = before.cumsum(1).clamp(max=1)
+    returning = (ever - before).gather(-1, columns.flatten(2)).view(columns.shape)
+    return columns, returning
+
+
+class Teaching:
+    """Collects the loss of attention of the blocks that are taught, as `flow_from` calls it block by block."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self.lookup, self.loss = lookup, torch.zeros(())
+
+    def __call__(self, block: int, weight: Tensor, pages: Pages) -> None:
+        """weight: (B C, heads, K, T, L)"""
+        if block in BLOCKS:
+            self.loss = self.loss + self.lookup.loss(weight[:, :HEADS], pages)
+
+
+def lookup_step(
+    world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator, late: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of one step (flow, attention), and x0 (B, C, ...) as `training_step`; late: 0 while steady, then 1."""
+    B, C = batch.latents.shape[:2]
+    sigma = draw_sigmas((COPIES, B, C), sampler_sigmas(), draw)
+    sigma[0] = torch.from_numpy(draw.choice(HIGH, size=(B, C))).float()
+    noise = torch.randn(COPIES, *batch.latents.shape)
+    noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
+    columns, returning = seen_columns(batch.yaws)
+    teaching = Teaching(Lookup(columns, returning, config.grid[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = remember(world.dit, config.memory, context, world.table[batch.concepts])
+        guess = flow_from(world.dit, seen, noisy, 1000 * sigma, teaching)
+    weight = 1 + MORE[late] * returning[:, :, :, None, None]
+    flow = ((guess - (noise - batch.latents)).square() * weight).mean()
+    return {"flow": flow, "attention": teaching.loss}, made_of(batch.latents, context, noisy, guess, sigma)
+
+
+def train_lookup(
+    out: Path,
+    teacher: World,
+    config: EngineConfig,
+    strips: Strips,
+    seed: int,
+    steps: int,
+    report: Callable[[str, dict], None],
+    *,
+    peak: float = 1e-3,
+) -> None:
+    """Go on with `teacher` for `steps` steps, from `out` where it exists, and leave the state there."""
+    progress = Progress(teacher.requires_grad_(True), decay=0.99)
+    progress.resume(out)
+    means: dict[str, float] = {}
+    while progress.step < steps:
+        late = int(progress.step >= STEADY * steps)
+        common, draw = draws(seed, progress.step)
+        lengths = LATE_LENGTHS if late else EARLY_LENGTHS
+        chunks, size = list(lengths)[common.choice(len(lengths), p=list(lengths.values()))]
+        batch = draw_batch(strips, size, chunks, draw, shuttles=SHUTTLES[late])
+        made = None
+        for _ in range(USES[late]):
+            context = corrupt(batch.latents, made, draw)
+            losses, made = lookup_step(progress.world, config, batch, context, draw, late)
+            (losses["flow"] + WEIGHTS[late] * losses["attention"]).backward()
+            left = (steps - progress.step) / max(1.0, (1 - STEADY) * steps)
+            progress.advance(peak * min(1.0, (progress.step + 1) / 60, left))
+            means |= {name: 0.98 * means.get(name, new.item()) + 0.02 * new.item() for name, new in losses.items()}
+            if rank() == 0 and progress.step % 20 == 0:
+                report("lookup", {"step": progress.step, "of": steps, **means})
+            if rank() == 0 and progress.step % 120 == 0:
+                progress.save(out)
+    if rank() == 0:
+        progress.save(out)

@@ -1,0 +1,92 @@
+"""What attention is taught, by hand; that gradients reach queries and keys; that the stage goes on where it stopped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
+from cfengine.training import lookup
+from cfengine.training.data import COLUMNS, VIEW, Strips, draw_batch, latent_yaws, shuttle
+from cfengine.training.forward import Pages
+from cfengine.training.state import World
+
+pytestmark = pytest.mark.cpu
+
+CONFIG = EngineConfig(
+    name="small",
+    model=ModelConfig(patch=(1, 4, 1), dim=24, ffn_dim=48, heads=4, layers=4, text_dim=8, text_len=6, freq_dim=16),
+    memory=MemoryConfig(policy="slow_fast_paper", threshold=2.0),
+    video=VideoConfig(width=96, height=64),
+)
+
+
+def strips(scenes: int = 3) -> Strips:
+    torch.manual_seed(3)
+    latents = torch.randn(scenes, 2, COLUMNS, 8, 16)
+    return Strips(latents, torch.tensor([3, 6, 9]).expand(scenes, 2, 3).clone())
+
+
+def test_columns_that_return() -> None:
+    """Right by a chunk, right again, back: the third chunk's first columns were seen by the first, not the second."""
+    yaws = torch.from_numpy(latent_yaws(np.asarray([[24, 24, -24, -24]]), 58)).unflatten(1, (4, 3))
+    columns, returning = lookup.seen_columns(yaws)
+    assert columns[0, 0, 0].tolist() == [58, 59, *range(10)]
+    assert not returning[0, :2].any()  # 61..63, all new or seen a chunk ago
+    # chunk 2 looks at 62, 61, 60 (mod 60); chunk 1 began at 61
+    assert returning[0, 2].sum(-1).tolist() == [0, 0, 1] and returning[0, 2, 2, 0] == 1
+    # chunk 3 looks at 59, 58, 57; chunk 2 began at 60; 57 was never seen
+    assert returning[0, 3].tolist() == [[1] + [0] * 11, [1, 1] + [0] * 10, [0, 1, 1] + [0] * 9]
+
+
+def test_loss_of_attention_by_hand() -> None:
+    """Two chunks of one frame: the second's first column is what column 4 of the one page shows."""
+    columns = torch.stack([torch.arange(VIEW), torch.arange(4, 4 + VIEW)]).view(1, 2, 1, VIEW)
+    returning = torch.zeros_like(columns, dtype=torch.float32)
+    returning[0, 1, 0, 0] = 1
+    ids = torch.tensor([[[0], [0]]])
+    hidden = torch.zeros(2, 1, 1, 2 * VIEW, dtype=torch.bool)
+    pages = Pages(torch.empty(0), torch.empty(0), hidden, ids)
+    weight = torch.full((2, 2, 1, 2 * VIEW, 2 * VIEW), 1 / 40)
+    weight[1, 1, 0, 0, 4] = 0.5  # one head, row 0: right
+    weight[1, 1, 0, VIEW, VIEW + 4] = 1.0  # row 1: right
+    expected = -np.log(np.asarray([1 / 40, 0.5, 1 / 40, 1.0]) + 1e-4).mean()
+    taught = lookup.Lookup(columns, returning, rows=2)
+    assert taught.loss(weight, pages).item() == pytest.approx(expected, rel=1e-5)
+    pages.hidden[1] = True  # a page that is not there cannot be attended to: nothing is taught
+    assert taught.loss(weight, pages).item() == 0
+
+
+def test_attention_learns_from_its_loss_alone() -> None:
+    world, draw = World(CONFIG.model), np.random.default_rng(0)
+    batch = draw_batch(strips(), 2, 8, draw, shuttles=1.0)
+    losses, made = lookup.lookup_step(world, CONFIG, batch, batch.latents, draw, 0)
+    assert made.shape == batch.latents.shape and not made.requires_grad
+    losses["attention"].backward()
+    taught = world.dit.blocks[lookup.BLOCKS[0]].self_attn
+    assert taught.q.weight.grad.abs().max() > 0 and taught.k.weight.grad.abs().max() > 0
+    assert taught.o.weight.grad is None or taught.o.weight.grad.abs().max() > 0  # through the blocks that follow
+    last = world.dit.blocks[3].ffn[0].weight.grad
+    assert last is None or last.abs().max() == 0  # nothing that is taught comes after it
+
+
+def test_a_shuttle_stays_near_and_turns() -> None:
+    draw = np.random.default_rng(1)
+    for _ in range(50):
+        rates = shuttle(28, draw)
+        places = np.cumsum(rates) // 24
+        assert len(rates) == 28 and set(rates) <= {-24, 0, 24}
+        assert places.max() - min(0, places.min()) <= 9 and -24 in rates and 24 in rates
+
+
+def test_the_stage_goes_on_where_it_stopped(tmp_path) -> None:
+    said: list[dict] = []
+    torch.manual_seed(0)
+    first = World(CONFIG.model)
+    for steps in (2, 4):
+        lookup.train_lookup(
+            tmp_path / "l.state", first, CONFIG, strips(), 0, steps, lambda stage, values: said.append(values)
+        )
+        kept = torch.load(tmp_path / "l.state", weights_only=True)
+        assert kept["step"] >= steps
