@@ -89,7 +89,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=packages(),
     package_dir={"cfengine": "cfengine", **{f"cfengine.{folder}": folder for folder in MAPPED}},
-    package_data={"cfengine": ["weights/**/*.safetensors", "weights/**/*.json"]},
+    package_data={"cfengine": ["weights/**/*.safetensors", "weights/**/*.json", "training/configs/*.toml"]},
     ext_modules=[Extension("cfengine._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=["cmake"] if compiler() and not shutil.which("cmake") else [],

@@ -90,7 +90,7 @@ def parts(seconds: float) -> list[Part]:
             bench("stream", "--policy", "fifo,sink_window,relative_window,slow_fast_paper,uniform", "--seconds", "6"),
             90,
         ),
-        Part("segments", bench("segments", "--layers", "4"), 75),  # cut short: 30 layers take minutes to export
+        Part("segments", bench("segments", "--layers", "4"), 100),  # cut short: 30 layers take minutes to export
         Part("two_sessions", bench("stream", "--sessions", "2", "--seconds", "8", "--check-chunks", "0"), 40),
     ]
 

@@ -142,6 +142,15 @@ def updates(maker: Maker) -> Iterator[Row]:
         traffic=dim,
         clean=True,
     )
+    described = (memory.slots + frames + 1, maker.config.model.dim)
+    yield _update(
+        maker,
+        "slow_fast_diverse_update",
+        lambda table, beside, key, start: (table, beside, key.new_zeros(described), key, start, paper),
+        beside=memory.slots,
+        traffic=dim * (1 + (memory.slow + 1 + frames) / 3),  # descriptors compared and written
+        clean=True,
+    )
     yield _update(
         maker,
         "window_update",

@@ -32,6 +32,7 @@ from cfengine.scheduler.rollout import Rollout
 from cfengine.training import measure, trials, world
 from cfengine.training.data import camera_script
 
+MODEL = "tiny-world-recall"
 QUICK, TIMES = (3.0, 8.0, 20.0), (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 45.0, 60.0)
 NEAR = 20.0  # pixels: half of the least distance between two landmarks
 TURN_AWAY = 11.0  # seconds, about, for which a full turn shows nothing of a landmark
@@ -299,7 +300,7 @@ def plot(path: Path, entries: list[dict]) -> None:
 
 def tasks(options: argparse.Namespace) -> list[Task]:
     """What the command line asks for, in batches."""
-    base, weights = preset("tiny-world").memory, {}
+    base, weights = preset(MODEL).memory, {}
     for pair in options.weights:
         name, found, folder = pair.partition("=")
         if not found:
@@ -309,13 +310,13 @@ def tasks(options: argparse.Namespace) -> list[Task]:
     rules = {name: with_policy(base, name) for name in options.policies}
     made = []
     for name, memory in rules.items():
-        of = weights.get(name, "tiny-world")
+        of = weights.get(name, MODEL)
         made += [Task(name, memory, of, script, part, options.times) for script in options.scripts for part in seeds]
         if options.drift:
             made.append(Task(name, memory, of, "drift", tuple(range(options.drift_scenes)), (options.drift,)))
     for text in options.variant:
         name, memory = variant(text, base)
-        of = weights.get(memory.policy, "tiny-world")
+        of = weights.get(memory.policy, MODEL)
         made += [Task(name, memory, of, script, part, options.times) for script in options.scripts for part in seeds]
     return made
 

@@ -3,19 +3,22 @@
     python -m cfengine.bench.segments --json FILE
     python -m cfengine.bench.segments --device cpu --size toy
     python -m cfengine.bench.segments --layers 2 --backends eager,tensorrt      (a model cut short builds in seconds)
+    python -m cfengine.bench.segments --folder DIR      (keeps the export and its plans there for the next run)
 
 torch is this engine's own segments with its kernels, eager the plain torch operations one by one, compile the same
-through torch.compile; onnxruntime runs on a processor, tensorrt on a GPU. All start from the same random weights, in
-float32 on a processor and in bfloat16 on a GPU. An error is the root mean square of the difference to eager torch in
-float32, over its root mean square. A backend that cannot run is a record without a value that says why.
+through torch.compile; onnxruntime runs on a processor, tensorrt on a GPU, in the export's own precision and in those
+that a name adds. All start from the same random weights, in float32 on a processor and in bfloat16 on a GPU. An error
+is the root mean square of the difference to eager torch in float32, over its root mean square. A backend that cannot
+run is a record without a value that says why.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ from cfengine.scheduler.program import ChunkProgram
 from cfengine.scheduler.sampler import Schedule, chunk_noise
 from cfengine.segments.torch import TorchSegments
 
-BACKENDS = ("eager", "torch", "compile", "onnxruntime", "tensorrt")
+TENSORRT = {"tensorrt": None, "tensorrt_fp8": "fp8", "tensorrt_nvfp4": "nvfp4"}  # -> precision; None: the export's
+BACKENDS = ("eager", "torch", "compile", "onnxruntime", *TENSORRT)
 BASELINE = "eager"
 SEGMENTS = ("first", "middle", "last")
 PORTABLE = 0.1  # bf16 keeps 8 bits, which a segment rounds to some ten times: a right plan is off by a percent or two
@@ -87,18 +91,51 @@ def opened(setup: Setup, backend: str) -> Any:
         return TorchSegments(model, ops, config.grid)
     if backend == "compile":
         return Compiled(model, plain_ops(device), config.grid)
-    if backend == "tensorrt" and device.type == "cpu":
-        raise ConfigError("backend 'tensorrt' runs on a GPU; run with --device cuda")
+    if backend in TENSORRT and device.type == "cpu":
+        raise ConfigError(f"backend {backend!r} runs on a GPU; run with --device cuda")
+    if backend in TENSORRT:
+        return in_tensorrt(setup, TENSORRT[backend])
     from cfengine.export.backend import open_onnx
-    from cfengine.export.folder import export
-    from cfengine.export.tensorrt_backend import open_tensorrt
 
-    if not (setup.folder / "manifest.json").exists():
-        export(config, model, setup.folder, precision="fp32" if device.type == "cpu" else "bf16", graphs=SEGMENTS)
-    ops = chosen(config, device)
-    if backend == "onnxruntime":
-        return open_onnx(config, model, ops, folder=setup.folder)
-    return open_tensorrt(config, model, ops, lambda prompt: None, folder=setup.folder)
+    exported(setup)
+    return open_onnx(config, model, chosen(config, device), folder=setup.folder)
+
+
+def exported(setup: Setup) -> Any:
+    """Manifest of the model's export, which is made first where there is none."""
+    from cfengine.export.backend import open_folder
+    from cfengine.export.folder import export
+    from cfengine.segments.manifest import NAME, PRECISIONS
+
+    if not (setup.folder / NAME).exists():
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == setup.dtype)
+        export(setup.config, setup.model, setup.folder, precision=precision, graphs=SEGMENTS)
+    return open_folder(setup.config, setup.model, setup.folder)
+
+
+def in_tensorrt(setup: Setup, precision: str | None = None) -> Any:
+    """Segments from the plans that the export holds in a precision for this GPU; where it has none they are built."""
+    from cfengine.export.build import SCALED, build
+    from cfengine.export.calibrate import Calibration, calibrate
+    from cfengine.export.tensorrt_backend import held
+    from cfengine.segments.exported import GraphSegments
+    from cfengine.segments.tensorrt import TensorRTRunner
+    from cfengine.segments.tensorrt_library import on_gpu
+
+    manifest = exported(setup)
+    precision = precision or manifest.precision
+    with on_gpu(setup.device):
+        plans = held(manifest).get(precision)
+        if plans is None:
+            scales = Calibration.load(manifest.folder, manifest.model_hash) if precision in SCALED else None
+            if precision in SCALED and scales is None:
+                rows = setup.normal(prompt_tokens(setup.config), setup.config.model.text_dim, seed=5, dtype=setup.dtype)
+                scales = calibrate(setup.config, setup.model, lambda prompt: rows, manifest.model_hash)
+                scales.save(manifest.folder)
+            options = {"precision": precision, "calibration": scales, "graphs": SEGMENTS}
+            (plans,) = build(manifest.folder, target="current", **options)
+    runner = TensorRTRunner(manifest, plans, setup.device)
+    return GraphSegments(manifest, runner, chosen(setup.config, setup.device), plans.symbols)
 
 
 class Compiled(TorchSegments):
@@ -152,8 +189,9 @@ def program(setup: Setup, segments: Any, dtype: torch.dtype, model: CausalDiT) -
 
 
 def error(got: list[Tensor], want: list[Tensor]) -> float:
-    """The worst of several results."""
-    return max(difference(mine, other)[1] for mine, other in zip(got, want, strict=True))
+    """The worst of several results; not a number where one of them holds what is none, which max would pass over."""
+    found = [difference(mine, other)[1] for mine, other in zip(got, want, strict=True)]
+    return next((off for off in found if math.isnan(off)), max(found))
 
 
 @torch.inference_mode()
@@ -192,13 +230,13 @@ def work(options, say: Say) -> Iterator[list[dict]]:
     if options.seconds <= 0:
         raise ConfigError(f"--seconds is {options.seconds}; give a time above 0")
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup.of(config, options.device, Path(folder) / "export")
+        setup = Setup.of(config, options.device, options.folder or Path(folder) / "export")
         expected = reference(setup)
         base: dict[str, float] = {}
         for backend in sorted(backends, key=lambda name: name != BASELINE):
             say(f"{backend} ...")
             yield list(of_backend(setup, backend, expected, base, options.seconds))
-        if setup.device.type == "cuda" and "tensorrt" in backends:
+        if setup.device.type == "cuda" and TENSORRT.keys() & set(backends):
             yield list(portable(setup, expected["first"]))
 
 
@@ -209,7 +247,8 @@ def of_backend(setup: Setup, backend: str, expected, base: dict[str, float], sec
         segments = opened(setup, backend)
         loaded = getattr(getattr(segments, "runner", None), "loaded", None)
         if loaded is not None:
-            sizes = {"plans": loaded.plans, "plan_bytes": loaded.plan_bytes, "workspace_bytes": loaded.workspace_bytes}
+            sizes = {name: value for name, value in asdict(loaded).items() if name != "seconds"}
+            sizes["precision"] = segments.runner.plans.precision
             yield record(f"segments_load_{backend}", loaded.seconds, "s", config=shape | sizes)
         for part, times, off in measured(setup, segments, expected, seconds):
             yield entry(part, backend, times, off, base, shape)
@@ -230,22 +269,21 @@ def entry(part: str, backend: str, times: Times, off: float, base: dict[str, flo
     )
 
 
+@torch.inference_mode()
 def portable(setup: Setup, expected: list[Tensor]) -> Iterator[dict]:
     """Whether this GPU runs TensorRT-RTX engines that were built for others: 1 or 0, and why not."""
     from cfengine.export.build import CAPABILITIES, build
     from cfengine.segments.exported import GraphSegments
-    from cfengine.segments.manifest import Manifest
     from cfengine.segments.tensorrt import TensorRTRunner
 
-    manifest = Manifest.load(setup.folder)
+    manifest = exported(setup)
     for capability in CAPABILITIES:
         found, why = 0.0, ""
         try:
             (plans,) = build(setup.folder, capabilities=[capability], graphs=["first"])
             runner = TensorRTRunner(manifest, plans, setup.device, graphs=("first",))
             segments = GraphSegments(manifest, runner, chosen(setup.config, setup.device), plans.symbols)
-            got = flat(segments.first(setup.normal(*latent_shape(setup.config), seed=0), setup.model.modulate(1000.0)))
-            off = error(got, expected)
+            off = error(calls(setup, segments, setup.dtype, setup.model)["first"](), expected)
             found = float(off < PORTABLE)
             why = "" if found else f"it runs, and its results are {off:.2g} off"
         except (CFEngineError, RuntimeError) as refused:
@@ -263,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.parser("segments", "time and error of each backend's segments")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="default: %(default)s")
     parser.add_argument("--layers", type=int, help="of the model, fewer than it has")
+    parser.add_argument("--folder", type=Path, help="of the export and its plans; default: one that is deleted")
     parser.add_argument("--seconds", type=float, default=0.25, help="of timing a row")
     return command.run(parser.parse_args(arguments), work)
 

@@ -103,6 +103,13 @@ def generate(
         bool, typer.Option("--provenance/--no-provenance", help="Sign the file as synthetic (C2PA).")
     ] = True,
     record_prompt: Annotated[bool, typer.Option("--record-prompt", help="Tell the prompt in that record too.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="What runs the transformer: torch, onnxruntime (CPU), tensorrt (GPU), or auto.")
+    ] = "torch",
+    exported: Annotated[
+        Path | None,
+        typer.Option(help="Folder of cfengine export for it.", show_default="the cache's, made on first use"),
+    ] = None,
 ) -> None:
     """Make a video from a prompt, chunk by chunk.
 
@@ -128,6 +135,8 @@ def generate(
             scale=scale,
             provenance=provenance,
             record_prompt=record_prompt,
+            backend=backend,
+            exported=exported,
         )
         code = run(request)
     raise typer.Exit(code)

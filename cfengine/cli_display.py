@@ -24,6 +24,11 @@ class PlainDisplay:
     def loading(self, model: str) -> None:
         self._say(f"loading {model}")
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """A step of what a backend makes on first use: an export, a calibration, plans."""
+        if time.monotonic() - self._spoken >= INTERVAL:
+            self._say(f"{done}/{total} {what}")
+
     def begin(self, tally: Tally) -> None:
         self._spoken = time.monotonic()
 
@@ -76,6 +81,9 @@ class LiveDisplay(PlainDisplay):
     def loading(self, model: str) -> None:
         self._progress.update(self._task, description=f"loading {model}")
         self._progress.start()
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
 
     def begin(self, tally: Tally) -> None:
         self._progress.reset(self._task, total=tally.wanted, description="first chunk")

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfengine.config import VideoConfig
 from cfengine.engine import Engine
 from cfengine.errors import ConfigError
 from cfengine.segments.manifest import PRECISIONS, Manifest
@@ -34,6 +33,7 @@ def onnx(
             engine.model,
             out,
             codec=engine.codec,
+            codec_source=str(taehv) if taehv else None,
             precision=precision,
             sessions="sessions" if sessions == "open" else int(sessions),
             progress=progress,
@@ -50,10 +50,10 @@ def check(folder: Path, model: str | None, taehv: Path | None) -> bool:
     from cfengine.export.check import check as compare
 
     manifest = Manifest.load(folder)
-    if manifest.codec == "taehv" and taehv is None:
+    if manifest.codec == "taehv" and taehv is None and manifest.codec_source is None:
         raise ConfigError(f"{folder} decodes with TAEHV, whose weights are not part of a model; give --taehv FILE")
     name = model or manifest.model_name
-    with load(name, manifest.precision, pixels(manifest), taehv) as engine:
+    with load(name, manifest.precision, manifest.pixels, taehv or manifest.codec_source) as engine:
         rows = compare(manifest, engine.config, engine.model, engine.codec, say)
     show(rows, manifest)
     return all(row.passed for row in rows)
@@ -91,7 +91,7 @@ def calibrated(manifest: Manifest, model: str | None, taehv: Path | None, device
     found = Calibration.load(manifest.folder, manifest.model_hash)
     if found is None:
         name = model or manifest.model_name
-        with load(name, manifest.precision, pixels(manifest), taehv, device) as engine:
+        with load(name, manifest.precision, manifest.pixels, taehv or manifest.codec_source, device) as engine:
             manifest.check_model(engine.model, name)
             encode = engine.text.encode
             found = calibrate(engine.config, engine.model, encode, manifest.model_hash, progress=progress)
@@ -99,13 +99,9 @@ def calibrated(manifest: Manifest, model: str | None, taehv: Path | None, device
     return found
 
 
-def pixels(manifest: Manifest) -> tuple[int, int]:
-    """(width, height) of the video that an export is for."""
-    height, width = manifest.latent
-    return width * VideoConfig.spatial_stride, height * VideoConfig.spatial_stride
-
-
-def load(model: str, precision: str, size: tuple[int, int] | None, taehv: Path | None, device: str = "cpu") -> Engine:
+def load(
+    model: str, precision: str, size: tuple[int, int] | None, taehv: Path | str | None, device: str = "cpu"
+) -> Engine:
     """The model in float32, or as it is run where that is bfloat16: the hash of its weights depends on it."""
     return Engine.from_pretrained(
         model, dtype="bfloat16" if precision == "bf16" else "float32", size=size, taehv=taehv, device=device

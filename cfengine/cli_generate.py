@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,8 @@ class Request:
     scale: int | None = None
     provenance: bool = True
     record_prompt: bool = False
+    backend: str = "torch"
+    exported: Path | None = None
 
     def check(self) -> None:
         """Refuse what cannot work: ConfigError, PromptError or OutputError with the remedy."""
@@ -78,11 +80,23 @@ class Request:
             precision(self.precision)
         if self.record_prompt and not self.provenance:
             raise ConfigError("--record-prompt and --no-provenance exclude each other; give one of them")
+        if self.backend != "torch" or self.exported is not None:
+            self._check_backend()
         if self.pixels is not None:
             VideoConfig(*self.pixels)
         if "/" not in self.model and not Path(self.model).exists():
             preset(self.model)  # neither a path nor owner/name: only a preset's name is left
         check_output(self.output)
+
+    def _check_backend(self) -> None:
+        from cfengine.engine import check_backend
+
+        check_backend(self.backend, self.exported)
+        wanted = {"onnxruntime": "cpu", "tensorrt": "cuda"}.get(self.backend)
+        if wanted and not self.device.startswith(wanted):
+            raise ConfigError(
+                f"backend {self.backend!r} does not run on device {self.device!r}; give --device {wanted}"
+            )
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -209,7 +223,7 @@ def run(request: Request) -> int:
     with StopRequests() as stops, display() as show:
         try:
             show.loading(request.model)
-            engine = load(request)
+            engine = load(request, show.preparing)
         except KeyboardInterrupt as stop:
             show.stopped(f"stopped before the first frame; nothing was written to {request.output}")
             return exit_code(stop)
@@ -237,8 +251,8 @@ def record_of(request: Request, config: EngineConfig) -> Record | None:
     )
 
 
-def load(request: Request) -> Engine:
-    """Build the engine; the heavy imports happen here."""
+def load(request: Request, progress: Callable[[str, int, int], None]) -> Engine:
+    """Build the engine; the heavy imports happen here.  progress: see `Engine.from_pretrained`"""
     from cfengine import Engine
 
     return Engine.from_pretrained(
@@ -250,6 +264,9 @@ def load(request: Request) -> Engine:
         size=request.pixels,
         taehv=request.taehv,
         threads=request.threads,
+        backend=request.backend,
+        exported=request.exported,
+        progress=progress,
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cfengine.errors import ConfigError
 
-POLICIES = ("slow_fast", "slow_fast_paper", "fifo", "sink_window", "relative_window", "uniform")
+POLICIES = ("slow_fast", "slow_fast_paper", "slow_fast_diverse", "fifo", "sink_window", "relative_window", "uniform")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MemoryConfig:
     fast: int = 6
     chunk_frames: int = 3
     rope_length: int = 21
-    keep: int = 1  # frames of a chunk that a promotion stores (the paper's rule always keeps one)
+    keep: int = 1  # frames of a chunk that a promotion stores (slow_fast_paper, slow_fast_diverse: always one)
     threshold: float = 0.95
     interval: int = 0  # policy `uniform`: promote when first frame of chunk % interval == 0
     slots_override: int | None = None  # cache size where it differs from sink + slow + fast
@@ -271,6 +271,11 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several ($RANK of $WORLD_SIZE)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def cache_dir() -> Path:
     """Folder for prompt embeddings and measurements: $CFENGINE_CACHE_DIR, else ~/.cache/cfengine."""
     return Path(os.environ.get("CFENGINE_CACHE_DIR") or Path.home() / ".cache" / "cfengine")
@@ -324,6 +329,9 @@ PRESETS: dict[str, EngineConfig] = {
         EngineConfig(name="wan2.1-t2v-1.3b", dit_source=_WAN, base_source=_WAN),
     )
 }
+
+# the same model trained to find again what left the view; what it invents is less sharp
+PRESETS["tiny-world-recall"] = replace(PRESETS["tiny-world"], name="tiny-world-recall")
 
 
 def preset(name: str) -> EngineConfig:

@@ -343,12 +343,14 @@ def check_backend(backend: str, exported: str | Path | None = None) -> None:
     if backend not in BACKENDS:
         raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if exported is not None and backend == "torch":
-        raise ConfigError(f"backend 'torch' reads no export, but exported is {str(exported)!r}; choose 'onnxruntime'")
+        raise ConfigError(
+            f"backend 'torch' reads no export, but exported is {str(exported)!r}; choose 'onnxruntime' or 'tensorrt'"
+        )
 
 
 def used_operations(rule: str) -> list[str]:
     """Operations that a pass calls under a rule of the memory."""
-    rules = {"slow_fast_update", "slow_fast_paper_update", "window_update"}
+    rules = {"slow_fast_update", "slow_fast_paper_update", "slow_fast_diverse_update", "window_update"}
     return [op for op in OPERATIONS if op == rule or op not in rules]
 
 

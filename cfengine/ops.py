@@ -38,6 +38,7 @@ _BUILT: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_residual": {"cpu": ("cpu",), "cuda": ("triton",)},
     "slow_fast_update": {"cpu": ("cpu",), "cuda": ("triton",)},
     "slow_fast_paper_update": {"cuda": ("triton",)},
+    "slow_fast_diverse_update": {"cuda": ("triton",)},
     "window_update": {"cuda": ("triton",)},
     "cross_attention": {"cuda": ("triton",)},
     "quantise_rows": {"cuda": ("triton",)},
@@ -54,6 +55,7 @@ _READ_BY_HOST = {("paged_attention", "rounding")} | {
         "qk_norm_rope_store",
         "slow_fast_update",
         "slow_fast_paper_update",
+        "slow_fast_diverse_update",
         "window_update",
     )
 }
@@ -77,6 +79,7 @@ class Ops:
     gated_residual: Callable[..., Any]
     slow_fast_update: Callable[..., Any]
     slow_fast_paper_update: Callable[..., Any]
+    slow_fast_diverse_update: Callable[..., Any]
     window_update: Callable[..., Any]
     cross_attention: Callable[..., Any]
     quantise_rows: Callable[..., Any]

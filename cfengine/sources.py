@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from cfengine.config import PRESETS, EngineConfig, preset
-from cfengine.errors import ConfigError
+from cfengine.checkpoint import read_json
+from cfengine.config import PRESETS, EngineConfig, MemoryConfig, ModelConfig, preset
+from cfengine.errors import CheckpointError, ConfigError
 from cfengine.model.weights import infer_config
 
 WEIGHTS = Path(__file__).parent / "weights"  # what the package ships
@@ -29,17 +30,33 @@ def config_of(name: str) -> EngineConfig:
     if name in PRESETS:
         return preset(name)
     if _small_folder(name):
-        return dataclasses.replace(preset(SMALL), name=name)
+        return _trained(name)
     if "/" not in name and not Path(name).exists():
         raise ConfigError(f"unknown model {name!r}: no such file or folder, and the presets are {', '.join(PRESETS)}")
     known = next((p for p in PRESETS.values() if p.dit_source == name), PRESETS["context-forcing"])
     return dataclasses.replace(known, name=name, model=infer_config(name))
 
 
+def _trained(name: str) -> EngineConfig:
+    """The small world's preset with the sizes and the memory rule that a training wrote beside its weights."""
+    config, said = preset(SMALL), Path(name) / "model.json"
+    if said.is_file():
+        parts = read_json(said)
+        try:
+            model, memory = dict(parts["model"]), dict(parts["memory"])
+            model["patch"] = tuple(model["patch"])
+            config = dataclasses.replace(config, model=ModelConfig(**model), memory=MemoryConfig(**memory))
+        except (KeyError, TypeError, ValueError) as problem:
+            raise CheckpointError(f"{said} describes no model ({problem!r}); export the weights again") from problem
+    return dataclasses.replace(config, name=name)
+
+
 def sources_of(name: str, config: EngineConfig) -> Sources:
     """Where the parts of the model called `name` are; `config` names those that it does not bring."""
     if folder := _small_folder(name):
-        return Sources(*(str(folder / f"{part}.safetensors") for part in PARTS), small=True)
+        files = (folder / f"{part}.safetensors" for part in PARTS)
+        # presets of the small world share a codec
+        return Sources(*(str(file if file.exists() else WEIGHTS / SMALL / file.name) for file in files), small=True)
     dit = config.dit_source if name in PRESETS else name
     rest = name if _is_wan_folder(name) else config.base_source
     return Sources(dit, rest, rest)

@@ -17,7 +17,7 @@ from cfengine.export.graphs import OPSET
 from cfengine.model.dit import CausalDiT
 from cfengine.ops import Ops
 from cfengine.segments.exported import SEGMENTS, GraphSegments
-from cfengine.segments.manifest import NORMS, PRECISIONS, VERSION, Manifest, model_hash
+from cfengine.segments.manifest import NAME, NORMS, PRECISIONS, VERSION, Manifest, model_hash
 from cfengine.segments.onnx import onnx_segments
 
 OPEN = "sessions"  # exports for the cache serve any number of sessions in lock-step
@@ -54,13 +54,15 @@ def open_folder(
     precision = next((name for name, dtype in PRECISIONS.items() if dtype == model.dtype), "fp32")
     if folder is None:
         folder = cache_folder(config, model, precision)
-        if not folder.exists():
-            export(config, model, folder, precision=precision, sessions=OPEN, graphs=SEGMENTS, progress=progress)
+        if not (folder / NAME).is_file():
+            options = {"precision": precision, "sessions": OPEN, "graphs": SEGMENTS, "once": True}
+            export(config, model, folder, progress=progress, **options)
     manifest = Manifest.load(folder)
     if manifest.precision != precision:
+        way = "an engine has no fp16" if manifest.precision == "fp16" else "load the model in that type"
         raise ExportError(
-            f"{manifest.folder} is in {manifest.precision} and the model runs in {precision}; load the model in "
-            f"that type, or run {manifest.command_in(precision)}"
+            f"{manifest.folder} is in {manifest.precision} and the model runs in {precision}; {way}, or run "
+            f"{manifest.command_in(precision)}"
         )
     manifest.check_model(model, config.name)
     check_sizes(manifest, config)
@@ -72,16 +74,14 @@ def open_folder(
 def check_sizes(manifest: Manifest, config: EngineConfig) -> None:
     """Raise ExportError unless a folder was made for chunks and pictures of the configured sizes."""
     latent = config.video.latent_height, config.video.latent_width
-    for what, found, wanted in (
-        ("latent frames a chunk", manifest.chunk_frames, config.memory.chunk_frames),
-        ("latent rows and columns", manifest.latent, latent),
-        ("rows and columns of tokens", manifest.grid, config.grid),
+    command = manifest.command_in(manifest.precision, pixels=(config.video.width, config.video.height))
+    for what, found, wanted, way in (
+        ("latent rows and columns", manifest.latent, latent, f"run {command}"),
+        ("rows and columns of tokens", manifest.grid, config.grid, f"run {command}"),
+        ("latent frames a chunk", manifest.chunk_frames, config.memory.chunk_frames, "export this configuration"),
     ):
         if found != wanted:
-            raise ExportError(
-                f"{manifest.folder} was made for {what} {found} and {config.name!r} has {wanted}; "
-                f"run {manifest.command}"
-            )
+            raise ExportError(f"{manifest.folder} was made for {what} {found} and {config.name!r} has {wanted}; {way}")
 
 
 def cache_folder(config: EngineConfig, model: CausalDiT, precision: str) -> Path:

@@ -5,82 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cfengine.errors import ConfigError, ExportError, OutputError
+import torch
+
+from cfengine.errors import ConfigError, ExportError
 from cfengine.export.calibrate import Calibration
+from cfengine.export.files import CACHES, locked, write
 from cfengine.export.folder import Progress
 from cfengine.export.graphs import onnx_package, with_weights
+from cfengine.export.recipe import Recipe, plan_name
 from cfengine.export.tensorrt import Plan, build_plan
 from cfengine.export.tensorrt_graph import fixed, plain_attention
 from cfengine.export.tensorrt_quantise import SCALED, quantised
 from cfengine.segments.binding import extent
-from cfengine.segments.manifest import Graph, Manifest, write_whole
+from cfengine.segments.exported import SEGMENTS
+from cfengine.segments.manifest import Graph, Manifest
 from cfengine.segments.tensorrt_library import gpu_library, library
-from cfengine.segments.tensorrt_plans import FORMAT, NAME, VERSION, Plans, command, place, plans_folder
+from cfengine.segments.tensorrt_plans import FORMAT, NAME, VERSION, Plans, command, place
 
 TARGETS = ("rtx", "current")
 PRECISIONS = ("bf16", "fp16", *SCALED)
 CAPABILITIES = ("8.6", "8.9", "12.0")  # of target rtx: GeForce RTX 30, 40 and 50
 LEAST = {"fp8": (8, 9), "nvfp4": (12, 0)}  # compute capability whose tensor cores multiply the type
-RECIPE = 1  # counts up when the same inputs are to give other plans, so that kept ones are not taken
 TIMINGS = "timing.cache"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What plans are built with."""
-
-    manifest: Manifest
-    trt: ModuleType
-    target: str
-    precision: str
-    calibration: Calibration | None
-
-    @property
-    def out(self) -> Path:
-        return plans_folder(self.manifest.folder, self.target, self.precision)
-
-    @property
-    def symbols(self) -> dict[str, int]:
-        """Values of open dimensions: a prompt is padded to its full length, so that shapes never change."""
-        return {"keys": self.manifest.model.text_len, "sessions": 1}
-
-    def largest(self, graph: str, index: int) -> dict[str, float]:
-        """Weight of each product that is rounded -> largest magnitude that enters it."""
-        if self.precision not in SCALED or graph not in ("first", "middle", "last"):
-            return {}
-        blocks = {
-            "first": {"pre": 0},
-            "middle": {"post": index, "pre": index + 1},
-            "last": {"post": self.manifest.layers - 1},
-        }
-        found = {}
-        for half, block in blocks[graph].items():
-            for name, value in self.calibration.largest.items():
-                words = name.split(".", 2)
-                if words[1] == str(block) and (words[2] == "self_attn.qkv") == (half == "pre"):
-                    found[f"{half}.{words[2]}.weight"] = value
-        return found
-
-    def key(self, graph: Graph, index: int, capability: str) -> str:
-        """Hash of everything that decides what a plan is."""
-        files = self.manifest.files
-        parts = {
-            "recipe": RECIPE,
-            "library": [self.trt.__name__, self.trt.__version__],
-            "capability": capability,
-            "target": self.target,
-            "precision": self.precision,
-            "symbols": self.symbols,
-            "graph": files[graph.file]["sha256"],
-            "weights": files[graph.weights[index]]["sha256"],
-            "largest": self.largest(graph.name, index),
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def build(
@@ -98,19 +48,34 @@ def build(
     target: "rtx" builds with TensorRT-RTX for CAPABILITIES, without a GPU; "current" for the GPU at hand, with TensorRT
     where it is installed, else with TensorRT-RTX      capabilities, graphs: some of them
     calibration: for fp8 and nvfp4      progress(what, done, total): called before each step
-    -> one `Plans` a GPU target.  Raises ConfigError for what cannot be asked for, ExportError for what does not build.
+    -> one `Plans` a GPU target.  Raises ConfigError for what cannot be asked for, ExportError for what does not build
+    and for files of the export that are not as they were written.
     """
+    say = progress or (lambda what, done, total: None)
     manifest = Manifest.load(folder)
+    with locked(manifest.folder / CACHES[0], lambda: say("waiting for another process that builds there", 0, 1)):
+        return _build(Manifest.load(folder), target, precision, calibration, capabilities, graphs, say)
+
+
+def _build(
+    manifest: Manifest,
+    target: str,
+    precision: str,
+    calibration: Calibration | None,
+    capabilities: Sequence[str] | None,
+    graphs: Sequence[str] | None,
+    say: Progress,
+) -> list[Plans]:
     trt, gpu = check_request(manifest, target, precision)
     _check_calibration(manifest, target, precision, calibration)
-    recipe = Recipe(manifest, trt, target, precision, calibration)
+    recipe = Recipe(manifest, trt, target, precision, calibration, torch.cuda.get_device_name() if gpu else "")
     asked = [gpu] if gpu else list(capabilities or CAPABILITIES)
     skipped = {each: why for each in asked if (why := unserved(precision, each))}
     served = [each for each in asked if each not in skipped]
     if not served:
         raise ExportError(f"no target can serve {precision}: {'; '.join(f'{k}: {v}' for k, v in skipped.items())}")
-    jobs = [(g, i) for g in manifest.graphs.values() if not graphs or g.name in graphs for i in range(len(g.weights))]
-    say, steps = progress or (lambda what, done, total: None), len(jobs) * len(served)
+    jobs = _jobs(manifest, graphs)
+    steps = len(jobs) * len(served)
     entries: dict[str, dict[str, Any]] = {capability: {} for capability in served}
     for number, (graph, index) in enumerate(jobs):
         model = _Prepared(recipe, graph, index)
@@ -123,17 +88,21 @@ def build(
     return [Plans.load(recipe.out, capability) for capability in served]
 
 
+def _jobs(manifest: Manifest, graphs: Sequence[str] | None) -> list[tuple[Graph, int]]:
+    """Graphs, and the weight sets of each; ExportError for a name that no graph has."""
+    for name in graphs or ():
+        if name not in SEGMENTS:  # one layer has no `middle`
+            manifest.graph(name)
+    wanted = [graph for graph in manifest.graphs.values() if graphs is None or graph.name in graphs]
+    return [(graph, index) for graph in wanted for index in range(len(graph.weights))]
+
+
 def unserved(precision: str, capability: str) -> str | None:
     """Why a GPU cannot serve a precision; None where it can."""
     least = LEAST.get(precision, (8, 0))
-    if tuple(map(int, capability.split("."))) >= least:
+    if _number(capability) >= least:
         return None
     return f"{precision} needs compute capability {'.'.join(map(str, least))} or later"
-
-
-def plan_name(graph: Graph, index: int) -> str:
-    """ "middle.03", or "last" where a graph has one weight set."""
-    return graph.name if len(graph.weights) == 1 else f"{graph.name}.{index:02d}"
 
 
 def check_request(manifest: Manifest, target: str, precision: str) -> tuple[ModuleType, str | None]:
@@ -178,6 +147,7 @@ class _Prepared:
         """The serialised model, and its products: node -> weight."""
         if self._made is None:
             onnx, recipe = onnx_package(), self.recipe
+            recipe.manifest.verify([self.graph.file, self.graph.weights[self.index]])
             model = with_weights(recipe.manifest, self.graph.name, self.index)
             onnx.load_external_data_for_model(model, str(recipe.manifest.folder))
             plain_attention(fixed(model, recipe.symbols))
@@ -242,8 +212,12 @@ def _kept(note: Path, folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def _describe(recipe: Recipe, entries: dict[str, dict[str, Any]], skipped: dict[str, str]) -> None:
+    """Write the description: these plans, and those of earlier builds that are still of the same inputs."""
     manifest, trt = recipe.manifest, recipe.trt
-    shown = sorted({entry["graph"] for plans in entries.values() for entry in plans.values()})
+    targets, left_out = _earlier(recipe)
+    for capability, plans in entries.items():
+        targets[capability] = targets.get(capability, {}) | plans
+    shown = sorted({entry["graph"] for plans in targets.values() for entry in plans.values()})
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -251,25 +225,37 @@ def _describe(recipe: Recipe, entries: dict[str, dict[str, Any]], skipped: dict[
         "library": {"name": trt.__name__, "version": trt.__version__},
         "model": {"name": manifest.model_name, "hash": manifest.model_hash},
         "target": recipe.target,
+        "gpu": recipe.gpu,
         "precision": recipe.precision,
         "calibration": recipe.calibration and recipe.calibration.made_from,
         "symbols": recipe.symbols,
         "graphs": {name: dict(_shapes(manifest.graph(name), recipe.symbols)) for name in shown},
-        "targets": {capability: {"plans": plans} for capability, plans in entries.items()},
-        "skipped": skipped,
+        "targets": {capability: {"plans": targets[capability]} for capability in sorted(targets, key=_number)},
+        "skipped": {capability: why for capability, why in (left_out | skipped).items() if capability not in targets},
     }
     write(recipe.out / NAME, json.dumps(about, indent=1).encode())
+
+
+def _earlier(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Plans that earlier builds described, by capability and name, and what they left out.
+
+    Those of other graphs, weights, scales or libraries are not told of any more: their keys say so.
+    """
+    try:
+        found = json.loads((recipe.out / NAME).read_text(encoding="utf-8"))
+        targets = {
+            capability: {name: entry for name, entry in about["plans"].items() if recipe.holds(entry, capability)}
+            for capability, about in found["targets"].items()
+        }
+        return {capability: plans for capability, plans in targets.items() if plans}, dict(found["skipped"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}, {}  # there is none, or none that can be read: what is built now is whole in itself
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def _shapes(graph: Graph, symbols: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in ("inputs", "outputs"):
         yield kind, {o.name: [o.dtype, [extent(dim, symbols, o.name) for dim in o.shape]] for o in getattr(graph, kind)}
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; OutputError where the disk does not take it."""
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{path} cannot be written ({reason}); free space, or choose another folder") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig, PrecisionConfig
 from cfengine.errors import ConfigError, ExportError
+from cfengine.export.files import write
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import Block, CausalDiT
 from cfengine.ops import select
@@ -42,8 +44,8 @@ class Calibration:
     largest: dict[str, float]
 
     def save(self, folder: Path) -> None:
-        """Write `calibration.json`."""
-        (folder / NAME).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        """Write `calibration.json`, whole or not at all; OutputError where the disk does not take it."""
+        write(folder / NAME, json.dumps(asdict(self), indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path, model_hash: str) -> Calibration | None:
@@ -89,6 +91,9 @@ def calibrate(
                 noise = partial(_noise, seed, start, frames, shape)
                 x0 = scheduler.denoise(memory, cross, start, noise)
                 scheduler.clean_pass(memory, cross, start, x0, full=True)
+    lost = [name for name, value in largest.items() if not math.isfinite(value)]
+    if lost:
+        raise ExportError(f"{lost[0]} was given values that are not finite; check the model, nothing can be scaled so")
     made_from = f"{chunks} chunks of each of {len(prompts)} prompts"
     return Calibration(model_hash, made_from, dict(largest))
 
@@ -116,5 +121,6 @@ def _project(block: Block, where: str, largest: dict[str, float], ops: Any, name
     """`Block.project`, and a look at what goes in."""
     entering = F.gelu(rows, approximate="tanh") if options.get("gelu") else rows
     key = f"{where}.{name}"
-    largest[key] = max(largest.get(key, 0.0), float(entering.abs().max()))
+    most = float(entering.abs().max())
+    largest[key] = most if math.isnan(most) else max(largest.get(key, 0.0), most)  # not a number: it stays so
     return Block.project(block, ops, name, rows, **options)

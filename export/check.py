@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cfengine.codec import Codec
 from cfengine.config import EngineConfig
+from cfengine.errors import ExportError
 from cfengine.export.backend import check_sizes
 from cfengine.export.decoders import decoder_parts
+from cfengine.export.folder import codec_hash
 from cfengine.export.graphs import check_domains, onnx_package, with_weights
 from cfengine.export.streams import DecoderStream, graph_call
 from cfengine.memory.memory import Memory
@@ -69,9 +71,25 @@ def check(
     manifest.verify()
     manifest.check_model(model, config.name)
     check_sizes(manifest, config)
+    if codec is not None and "decoder" in manifest.graphs:
+        check_codec(manifest, config, codec)
     if manifest.precision == "bf16":
         return [_parsed(manifest, name) for name in manifest.graphs]
     return _Check(manifest, config, model, codec, progress).run()
+
+
+def check_codec(manifest: Manifest, config: EngineConfig, codec: Codec) -> None:
+    """Raise ExportError unless a folder's decoder was made from this codec's weights."""
+    got = ""
+    if config.codec == manifest.codec:
+        kind = manifest.graph("decoder").inputs[0].torch_dtype
+        got = codec_hash(decoder_parts(config, codec, kind)) or ""
+    if got != manifest.codec_hash:
+        raise ExportError(
+            f"{manifest.folder} decodes with {manifest.codec} of hash {(manifest.codec_hash or 'none')[:12]}, and "
+            f"{config.name!r} with {config.codec}{got and f' of hash {got[:12]}'}; check it with the codec that was "
+            f"exported, or run {manifest.command}"
+        )
 
 
 def _parsed(manifest: Manifest, name: str) -> Row:
@@ -82,7 +100,12 @@ def _parsed(manifest: Manifest, name: str) -> Row:
 
 
 def relative(got: Tensor, want: Tensor, order: float = math.inf) -> float:
-    """|got - want| / |want|, infinity where something is not finite.  order: of the norm; inf is the largest value"""
+    """|got - want| / |want|, infinity where shapes differ or something is not finite.
+
+    order: of the norm; inf is the largest value
+    """
+    if got.shape != want.shape:
+        return math.inf
     norm = partial(torch.linalg.vector_norm, ord=order)
     error = (norm(got.double() - want.double()) / norm(want.double()).clamp(min=1e-30)).item()
     return error if math.isfinite(error) else math.inf
@@ -97,7 +120,7 @@ class _Check:
         self.ops = select("cpu", prefer="reference")
         self.runner = OnnxRunner(manifest)
         self.torch = TorchSegments(self.model, self.ops, config.grid)
-        self.graphs = GraphSegments(manifest, self.runner, self.ops)
+        self.graphs = _LockStep(manifest, self.runner, self.ops)
         self.errors: dict[str, float] = {}
         self.random = torch.Generator().manual_seed(SEED)
 
@@ -196,6 +219,19 @@ class _Check:
             ran.append((x0, flow, memory.pool.k, memory.pool.v))
         for name, got, want in zip(("x0", "clean flow", "keys", "values"), *ran, strict=True):
             self.note(f"chunk: {name}", got, want, order=2)
+
+
+class _LockStep(GraphSegments):
+    """Graphs for a fixed number of sessions, all of them at the same place: the results are those of the last."""
+
+    def _run(self, graph: str, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sessions = self.manifest.sessions
+        if not isinstance(sessions, int) or sessions == 1:
+            return super()._run(graph, index, tensors)
+        shared = [name for name in tensors if name.startswith("modulation")]
+        every = {n: t if n in shared else t.repeat(sessions, *[1] * (t.ndim - 1)) for n, t in tensors.items()}
+        found = super()._run(graph, index, every)
+        return {name: tensor[-(tensor.shape[0] // sessions) :] for name, tensor in found.items()}
 
 
 class _Beside:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,24 @@ from torch import Tensor
 
 from cfengine.codec import Codec
 from cfengine.config import EngineConfig
-from cfengine.errors import ConfigError, OutputError
+from cfengine.errors import ConfigError
 from cfengine.export.decoders import decoder_parts
+from cfengine.export.files import locked, replaced, write, write_tensors
 from cfengine.export.graphs import OPSET, externalise, onnx_package, trace
 from cfengine.export.parts import Part, Port, dit_parts
 from cfengine.model.dit import CausalDiT
-from cfengine.segments.manifest import FORMAT, NAME, NORMS, PRECISIONS, VERSION, Manifest, file_hash, model_hash
+from cfengine.segments.exported import SEGMENTS
+from cfengine.segments.manifest import (
+    FORMAT,
+    NAME,
+    NORMS,
+    PRECISIONS,
+    VERSION,
+    Manifest,
+    file_hash,
+    model_hash,
+    tensors_hash,
+)
 
 Progress = Callable[[str, int, int], None]  # what is done now, steps done, steps in all
 
@@ -34,54 +42,93 @@ def export(
     out: str | Path,
     *,
     codec: Codec | None = None,
+    codec_source: str | None = None,
     precision: str = "fp32",
     sessions: int | str = 1,
     graphs: tuple[str, ...] | None = None,
     progress: Progress | None = None,
+    once: bool = False,
 ) -> Manifest:
     """Write the graphs of a prepared transformer, and of a codec's decoder if given, to the folder `out`.
 
     precision: fp32, fp16 or bf16, of weights and operands      sessions: how many move in lock-step, "sessions" to
     leave it open      graphs: names of those wanted (all)      progress(what, done, total): called before each step
-    An earlier export in `out` is replaced once the new one is whole. Raises ExportError for what does not export,
-    OutputError for a folder that holds something else, ConfigError for options that cannot be.
+    codec_source: what the codec was loaded from, if not with the model      once: leave an export that is there by now
+    One process at a time writes to `out`. An earlier export in it is replaced once the new one is whole; its plans and
+    its calibration stay if the new one is of the same weights and sizes, and else go with it.
+    Raises ExportError for what does not export, OutputError for a folder that holds something else or cannot be
+    written, ConfigError for options that cannot be.
     """
     onnx_package()
+    _check_options(config, model, precision, sessions)
+    out, say = Path(out), progress or (lambda what, done, total: None)
+    parts = _parts(config, model, codec, precision, sessions, graphs)
+    with locked(out, lambda: say("waiting for another process that writes there", 0, len(parts) + 1)):
+        if once and (out / NAME).is_file():
+            return Manifest.load(out)
+        with replaced(out) as folder:
+            about = _about(config, model, codec, codec_source, precision, sessions, parts)
+            described = {}
+            for done, part in enumerate(parts):
+                say(part.name, done, len(parts) + 1)
+                described[part.name] = write_part(part, folder, _metadata(about, part))
+            write_tensors(norms(model, PRECISIONS[precision]), folder / NORMS)
+            say("hashes", len(parts), len(parts) + 1)
+            write_manifest(folder, about | {"graphs": described})
+            say("done", len(parts) + 1, len(parts) + 1)
+        return Manifest.load(out)
+
+
+def _check_options(config: EngineConfig, model: CausalDiT, precision: str, sessions: int | str) -> None:
     if precision not in PRECISIONS:
         raise ConfigError(f"precision {precision!r} cannot be exported; choose one of {', '.join(PRECISIONS)}")
-    if config.precision.linears != "bf16":
+    if sessions != "sessions" and not (isinstance(sessions, int) and sessions > 0):
+        raise ConfigError(f"sessions is {sessions!r}; give a number from 1, or 'sessions' to leave it open")
+    if config.precision.linears != "bf16" or any(block.fp8 for block in model.blocks):
         raise ConfigError(
-            f"the model of {config.name!r} has weights in {config.precision.linears}, which are rounded for our own "
-            "kernels; load it with precision 'bf16' and export that"
+            f"the model of {config.name!r} has weights in fp8, which are rounded for our own kernels; load it with "
+            "precision 'bf16' and export that"
         )
+
+
+def _parts(config, model, codec, precision: str, sessions: int | str, graphs: tuple[str, ...] | None) -> list[Part]:
+    """The graphs to be; ConfigError for a name that none of them has."""
     dtype = PRECISIONS[precision]
     parts = dit_parts(config, model, dtype, sessions)
     if codec is not None:
-        # the small world's codec is cheap and was trained in float32
-        parts += decoder_parts(config, codec, torch.float32 if config.codec == "tiny_world" else dtype)
-    parts = [part for part in parts if graphs is None or part.name in graphs]
-    say = progress or (lambda what, done, total: None)
-    with replaced(Path(out)) as folder:
-        described = {}
-        for done, part in enumerate(parts):
-            say(part.name, done, len(parts) + 1)
-            described[part.name] = write_part(part, folder)
-        write_tensors(norms(model, dtype), folder / NORMS)
-        say("hashes", len(parts), len(parts) + 1)
-        write_manifest(folder, config, model, precision, sessions, described, codec)
-        say("done", len(parts) + 1, len(parts) + 1)
-    return Manifest.load(out)
+        parts += decoder_parts(config, codec, decoder_type(config, dtype))
+    names = [part.name for part in parts]
+    unknown = [name for name in graphs or () if name not in (*names, *SEGMENTS)]  # one layer has no `middle`
+    if unknown:
+        raise ConfigError(f"there is no graph {unknown[0]!r} to export; choose among {', '.join(names)}")
+    return [part for part in parts if graphs is None or part.name in graphs]
 
 
-def write_part(part: Part, folder: Path) -> dict[str, Any]:
-    """Write a part's weight sets and its graph; returns what the manifest says of it."""
+def decoder_type(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """Type of a decoder's graphs: the small world's codec is cheap and was trained in float32."""
+    return torch.float32 if config.codec == "tiny_world" else dtype
+
+
+def codec_hash(parts: list[Part]) -> str | None:
+    """SHA-256 of a decoder's weights as they are exported; None where there is no decoder among the parts."""
+    decoder = next((part for part in parts if part.name == "decoder"), None)
+    return decoder and tensors_hash(decoder.weights[0](), decoder.inputs["latents"].dtype)
+
+
+def write_part(part: Part, folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Write a part's weight sets and its graph; returns what the manifest says of it.
+
+    metadata: what the graph's file is to say of itself
+    """
     stem, sets = part.file or part.name, len(part.weights)
     files = [f"{stem}.{i:02d}.safetensors" if sets > 1 else f"{stem}.safetensors" for i in range(sets)]
     proto = trace(part)
     for name, weights in zip(files, part.weights, strict=True):
         write_tensors(weights(), folder / name)
     externalise(proto, part.weights[0](), folder / files[0])
-    (folder / f"{part.name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=f"cfengine.{key}", value=value)
+    write(folder / f"{part.name}.onnx", proto.SerializeToString(deterministic=True))
     return {
         "file": f"{part.name}.onnx",
         "weights": files,
@@ -90,30 +137,11 @@ def write_part(part: Part, folder: Path) -> dict[str, Any]:
     }
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; OutputError where the disk does not take it."""
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-        path.chmod(0o644)  # safetensors keeps others out; a folder is made to be copied
-    except Exception as error:  # safetensors raises types of its own beside the system's
-        raise OutputError(f"{path} cannot be written ({error}); free space, or choose another folder") from error
-
-
-def write_manifest(
-    folder: Path,
-    config: EngineConfig,
-    model: CausalDiT,
-    precision: str,
-    sessions: int | str,
-    graphs: dict[str, Any],
-    codec: Codec | None,
-) -> None:
-    """Describe a folder that is otherwise complete."""
-    files = sorted(path for path in folder.iterdir() if path.name != NAME)
+def _about(config, model, codec, codec_source, precision, sessions, parts: list[Part]) -> dict[str, Any]:
+    """The description of an export, but for its graphs and files."""
     packages = ("cfengine", "torch", "onnx", "onnxscript")
-    about = {
+    made = codec and {"name": config.codec, "hash": codec_hash(parts), "source": codec_source}
+    return {
         "format": FORMAT,
         "version": VERSION,
         "model": {
@@ -121,7 +149,7 @@ def write_manifest(
             "hash": model_hash(model, PRECISIONS[precision]),
             "config": dataclasses.asdict(config.model),
         },
-        "codec": config.codec if codec is not None else None,
+        "codec": made,
         "precision": precision,
         "opset": OPSET,
         "chunk_frames": config.memory.chunk_frames,
@@ -129,33 +157,26 @@ def write_manifest(
         "latent": (config.video.latent_height, config.video.latent_width),
         "sessions": sessions,
         "made_with": {name: _version(name) for name in packages},
-        "graphs": graphs,
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files},
     }
-    (folder / NAME).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
-@contextmanager
-def replaced(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` at the end, and leaves nothing behind where something fails.
+def _metadata(about: dict[str, Any], part: Part) -> dict[str, str]:
+    """What a graph says of itself where it is met without its folder."""
+    operands = {name: list(port.shape) for name, port in (part.inputs | part.outputs).items()}
+    decodes = part.name.startswith("decoder")
+    return {
+        "role": part.name,
+        "weights_hash": about["codec"]["hash"] or "" if decodes else about["model"]["hash"],
+        "precision": about["precision"],
+        "shapes": json.dumps(operands),
+    }
 
-    OutputError where `out` holds something other than an export.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / NAME).is_file()):
-        raise OutputError(f"{out} exists and is no export; choose a new folder, or delete it first")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made ({error.strerror}); choose another folder") from error
-    try:
-        yield fresh
-        os.chmod(fresh, 0o755)  # mkdtemp keeps others out
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(fresh, out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Describe a folder that is otherwise complete."""
+    files = sorted(path for path in folder.iterdir() if path.name != NAME)
+    sizes = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
+    write(folder / NAME, json.dumps(about | {"files": sizes}, indent=1).encode())
 
 
 def norms(model: CausalDiT, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -52,6 +52,8 @@ def build_plan(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
     config.max_aux_streams = 0  # kernels follow one another on the stream of the caller, whose graph captures them
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names of layers, and of the ONNX nodes they compute
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX; memory taken while it runs ends a capture
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     timings = _target(trt, config, capability, cache)
     data = builder.build_serialized_network(network, config)
     if data is None:
@@ -71,7 +73,10 @@ def _target(trt: ModuleType, config, capability: str | None, cache: bytes):
         config.set_compute_capability(getattr(trt.ComputeCapability, word), 0)
         return None
     timings = config.create_timing_cache(cache)
-    config.set_timing_cache(timings, ignore_mismatch=True)
+    # timings of another GPU would choose other tactics than those that are fast here: such a cache is refused, and left
+    if timings is None or config.set_timing_cache(timings, ignore_mismatch=False) is False:
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
     return timings
 
 

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "device": set(),
     # ops: it chooses; export: a backend that has no export yet makes one
     "engine": {"session", "scheduler", "memory", "model", "segments", "codec", "ops", "device", "export", "sources"},
-    "sources": {"model"},  # sizes of a checkpoint are read off its tensors
+    "sources": {"model", "checkpoint"},  # sizes of a checkpoint are read off its tensors, or said beside them
     "session": {"scheduler", "memory", "device"},
     "scheduler": {"memory", "segments", "codec", "ops"},
     "memory": {"ops"},
@@ -55,6 +55,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("memory", "kernels"): "the table and the sizes of each rule are declared beside the references of the rules",
     ("testing", "kernels"): "replay undoes the rotation of stored keys, and names recorded actions",
     ("training", "kernels"): "a differentiable forward needs the same rotary tables",
+    ("training", "bench"): "evaluate measures with the benches themselves, on the engine that opens what was trained",
+    ("training", "engine"): "as above",
+    ("training", "cli_display"): "a training shows its progress as the other commands do",
     ("scheduler", "model"): "chunks keep the modulations that the model computes once per timestep",
     ("segments", "memory"): "the walk hands q, k, v to the memory that fills the hole",
     ("session", "model"): "annotations name the cached keys and values of a prompt; nothing is called",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig
 from cfengine.memory.pages import PagePool, Tables
-from cfengine.memory.policies import Pass, Window, make_policy
+from cfengine.memory.policies import Pass, SlowFastPaper, Window, make_policy
 from cfengine.ops import Ops
 from cfengine.types import LayerEvents
 
@@ -25,7 +25,7 @@ class Memory:
         self.ops = ops
         self.promotions = torch.zeros((), dtype=torch.int64, device=device)
         self.sink = config.memory.kept_sink
-        self.keep = 1 if config.memory.policy == "slow_fast_paper" else config.memory.keep
+        self.keep = 1 if isinstance(self.policy, SlowFastPaper) else config.memory.keep
         self.grid, self.eps, self.theta = config.grid, config.model.eps, config.model.theta
         kept = config.precision.pages == "fp8" and config.precision.attention != "fp8"
         self.products = {"wide": True} if kept else {}  # e4m3 pages, products in 16 bits

@@ -72,13 +72,16 @@ class Tables:
             similarity=torch.empty(layers, 1, device=device),
         )
         self.ends = integers(1)  # windows: slots written, which LongLive's attended sink may exceed
-        self.marked = integers(slots)  # slow_fast_paper: 1 where the page will join slow memory
+        self.marked = integers(slots)  # slow_fast_paper, slow_fast_diverse: 1 where the page will join slow memory
+        described = slots + frames + 1 if memory.policy == "slow_fast_diverse" else 0
+        # slow_fast_diverse: what a page is like, by page id; a row of zeros is like nothing
+        self.descriptors = torch.empty(layers, described, config.model.dim, device=device)
         self.layers = [LayerTable(*(tensor[layer] for tensor in self.stacked)) for layer in range(layers)]
         self.reset()
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything that a table says, for all layers."""
-        return (*self.stacked, self.ends, self.marked)
+        return (*self.stacked, self.ends, self.marked, self.descriptors)
 
     def reset(self) -> None:
         """Forget everything, in place."""

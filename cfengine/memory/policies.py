@@ -89,6 +89,21 @@ class SlowFastPaper:
         self._update(table, marked, key_mean, step.start_frame, self.rule, clean=step.clean)
 
 
+class SlowFastDiverse(SlowFastPaper):
+    """The paper's rule whose full slow memory drops what it holds twice: see `slow_fast_diverse_update`."""
+
+    op = "slow_fast_diverse_update"
+
+    def __init__(self, config: MemoryConfig, ops: Ops) -> None:
+        super().__init__(config, ops)
+        self._update = ops.slow_fast_diverse_update
+
+    def update(self, tables: Tables, layer: int, key_mean: torch.Tensor, step: Pass) -> None:
+        """See `Policy.update`; only clean passes look at key_mean."""
+        table, marked, descriptors = tables.layers[layer], tables.marked[layer], tables.descriptors[layer]
+        self._update(table, marked, descriptors, key_mean, step.start_frame, self.rule, clean=step.clean)
+
+
 class Window:
     """A sliding window behind an optional sink (`fifo`, `sink_window`, `relative_window`): see `window_update`."""
 
@@ -121,6 +136,7 @@ _RULES = {
     "slow_fast": SlowFast,
     "uniform": SlowFast,
     "slow_fast_paper": SlowFastPaper,
+    "slow_fast_diverse": SlowFastDiverse,
     "fifo": Window,
     "sink_window": Window,
     "relative_window": Window,

@@ -40,7 +40,7 @@ class Binding:
         self, graph: Graph, device: torch.device | str = "cpu", fixed: Mapping[str, int] | None = None
     ) -> None:
         """fixed: symbols of shapes that have one value only, such as {"keys": 512} of an engine built for it."""
-        self.graph, self.device, self._fixed = graph, torch.device(device), dict(fixed or {})
+        self.graph, self.device, self._fixed = graph, placed(device), dict(fixed or {})
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Bound:
         """Take a tensor for every input, and make the outputs; ExportError names what does not fit.
@@ -75,7 +75,7 @@ class Binding:
                 f"{where} is {operand.dtype} and was given {str(tensor.dtype).removeprefix('torch.')}; "
                 "export in the precision that the engine runs in"
             )
-        if tensor.device.type != self.device.type:
+        if placed(tensor.device) != self.device:
             raise ExportError(f"{where} lies on {tensor.device} and the graph runs on {self.device}; move it there")
         if tensor.ndim != len(operand.shape) or not all(
             _fits(dim, size, symbols) for dim, size in zip(operand.shape, tensor.shape, strict=True)
@@ -83,9 +83,25 @@ class Binding:
             known = ", ".join(f"{name} = {value}" for name, value in symbols.items())
             raise ExportError(
                 f"{where} is {list(operand.shape)}{f' with {known}' if known else ''} and was given "
-                f"{list(tensor.shape)}; export for the sizes that are run"
+                f"{list(tensor.shape)}; {self._remedy(operand)}"
             )
         return tensor.contiguous()
+
+    def _remedy(self, operand: Operand) -> str:
+        """What helps against a shape: an export for it, but not where an engine has one size for good."""
+        names = {factored(dim)[1] for dim in operand.shape if isinstance(dim, str)}
+        only = ", ".join(f"{name} = {value}" for name, value in self._fixed.items() if name in names)
+        if only:
+            return f"the engine was built for {only} alone; open sessions one by one, or choose backend 'torch'"
+        return "export for the sizes that are run"
+
+
+def placed(device: torch.device | str) -> torch.device:
+    """A device with its number: "cuda" is the GPU that is current now, whichever is later; a processor has none."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return torch.device(device.type)
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def _fits(dim: int | str, size: int, symbols: dict[str, int]) -> bool:

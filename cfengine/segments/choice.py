@@ -12,16 +12,15 @@ from cfengine.errors import CFEngineError
 from cfengine.segments.manifest import write_whole
 
 
-def fastest(measures: Mapping[str, Callable[[], float]], kept: Path, key: str) -> str:
-    """The backend of the least seconds; what was measured under `key` before is not measured again.
+def fastest(measures: Mapping[str, Callable[[], float]], kept: Path, key: Callable[[], str]) -> str:
+    """The backend of the least seconds; what was measured under this key before is not measured again.
 
     measures: backend -> seconds of a pass, in order of preference where two are equally fast      kept: a JSON file,
-    key -> backend -> seconds
+    key -> backend -> seconds      key(): name of all that the speeds depend on; a measure may change it by building
     A backend that raises one of this package's errors is out, with a warning that says why, and nothing is remembered:
     the next start tries it again. Where all are out, the last of those errors is raised.
     """
-    memory = _read(kept)
-    found = memory.get(key, {})
+    found = _read(kept).get(key(), {})
     if set(found) != set(measures) or not all(found.values()):
         found, refused = {}, {}
         for backend, measure in measures.items():
@@ -34,7 +33,7 @@ def fastest(measures: Mapping[str, Callable[[], float]], kept: Path, key: str) -
         for backend, error in refused.items():
             warnings.warn(f"backend {backend!r} is out of the choice: {error}", stacklevel=2)
         if not refused:
-            _write(kept, memory | {key: found})
+            _write(kept, _read(kept) | {key(): found})
     return min((backend for backend in measures if backend in found), key=lambda backend: found[backend])
 
 

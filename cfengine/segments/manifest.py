@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfengine.config import ModelConfig
-from cfengine.errors import ExportError
+from cfengine.config import ModelConfig, VideoConfig
+from cfengine.errors import ConfigError, ExportError
 from cfengine.model.dit import CausalDiT
 
-FORMAT, VERSION = "cfengine-export", 1
+FORMAT, VERSION = "cfengine-export", 2
 NAME = "manifest.json"
 NORMS = "norms.safetensors"  # weights of the self-attentions' query and key norms, which lie between the segments
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,6 +63,8 @@ class Manifest:
     model_hash: str
     model: ModelConfig
     codec: str | None
+    codec_hash: str | None  # of the decoder's weights
+    codec_source: str | None  # where they came from, if not with the model
     precision: str
     opset: int
     chunk_frames: int
@@ -80,13 +83,23 @@ class Manifest:
         return PRECISIONS[self.precision]
 
     @property
+    def pixels(self) -> tuple[int, int]:
+        """(width, height) of the video."""
+        height, width = self.latent
+        return width * VideoConfig.spatial_stride, height * VideoConfig.spatial_stride
+
+    @property
     def command(self) -> str:
         """The command that makes this folder again."""
         return self.command_in(self.precision)
 
-    def command_in(self, precision: str) -> str:
-        """The command that makes this folder in another precision."""
-        return rebuild(self.folder, self.model_name, precision)
+    def command_in(self, precision: str, *, model: str = "", pixels: tuple[int, int] | None = None) -> str:
+        """The command that makes this folder in another precision, or of another model or size."""
+        width, height = pixels or self.pixels
+        more = {"size": f"{width}x{height}", "sessions": self.sessions if isinstance(self.sessions, int) else "open"}
+        if self.codec == "taehv":
+            more["taehv"] = self.codec_source or "FILE"
+        return rebuild(self.folder, model or self.model_name, precision, more)
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -109,7 +122,7 @@ class Manifest:
                     f"{'update cfengine' if found['version'] > VERSION else 'export again'}, or run {rebuild(folder)}"
                 )
             manifest = cls._parse(folder, found)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
             raise ExportError(f"{path} is damaged ({type(error).__name__}: {error}); run {rebuild(folder)}") from error
         manifest._check_sizes()
         return manifest
@@ -122,12 +135,16 @@ class Manifest:
             name: Graph(name, g["file"], tuple(g["weights"]), _operands(g["inputs"]), _operands(g["outputs"]))
             for name, g in found["graphs"].items()
         }
+        for name in (file for graph in graphs.values() for file in (graph.file, *graph.weights)):
+            found["files"][name]["sha256"]  # a graph is of files that are described
+        PRECISIONS[found["precision"]]
+        codec = found["codec"] or dict.fromkeys(("name", "hash", "source"))
         rows, columns = found["grid"]
         height, width = found["latent"]
         return cls(
-            folder, model["name"], model["hash"], ModelConfig(**sizes), found["codec"], found["precision"],
-            found["opset"], found["chunk_frames"], (rows, columns), (height, width), found["sessions"], graphs,
-            found["files"],
+            folder, model["name"], model["hash"], ModelConfig(**sizes), codec["name"], codec["hash"], codec["source"],
+            found["precision"], found["opset"], found["chunk_frames"], (rows, columns), (height, width),
+            found["sessions"], graphs, found["files"],
         )  # fmt: skip
 
     def _check_sizes(self) -> None:
@@ -158,7 +175,7 @@ class Manifest:
         if got != self.model_hash:
             raise ExportError(
                 f"{self.folder / NAME} was made from weights of hash {self.model_hash[:12]} ({self.model_name}), but "
-                f"those of {where} have {got[:12]}; run {rebuild(self.folder, where, self.precision)}"
+                f"those of {where} have {got[:12]}; run {self.command_in(self.precision, model=where)}"
             )
 
     def graph(self, name: str) -> Graph:
@@ -175,9 +192,12 @@ def _operands(found: list[dict[str, Any]]) -> tuple[Operand, ...]:
     return tuple(Operand(each["name"], each["dtype"], tuple(each["shape"])) for each in found)
 
 
-def rebuild(folder: Path, model: str = "MODEL", precision: str = "fp32") -> str:
-    """The command that makes a folder again, for messages."""
-    return f"cfengine export onnx --model {model} --precision {precision} --out {folder}"
+def rebuild(
+    folder: Path, model: str = "MODEL", precision: str = "fp32", more: Mapping[str, object] | None = None
+) -> str:
+    """The command that makes a folder again, for messages.  more: values of further options"""
+    options = {"model": model, "precision": precision, **(more or {}), "out": folder}
+    return f"cfengine export onnx {' '.join(f'--{name} {shlex.quote(str(value))}' for name, value in options.items())}"
 
 
 def file_hash(path: Path) -> str:
@@ -207,8 +227,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def model_hash(model: CausalDiT, dtype: torch.dtype) -> str:
     """SHA-256 over names, shapes and bytes of a transformer's weights as they are in `dtype`."""
+    return tensors_hash(model.state_dict(), dtype)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """SHA-256 over names, shapes and bytes of tensors as they are in `dtype`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {dtype}\n".encode())
         digest.update(_bytes(tensor.detach().to("cpu", dtype)))
     return digest.hexdigest()

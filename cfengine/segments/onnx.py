@@ -46,11 +46,11 @@ class OnnxRunner:
         """See `Runner.run`."""
         session = self._session(graph, index)
         binding = session.io_binding()
-        for name, tensor in bound.inputs.items():
-            binding.bind_input(name, "cpu", 0, _numpy_type(tensor), list(tensor.shape), tensor.data_ptr())
-        for name, tensor in bound.outputs.items():
-            binding.bind_output(name, "cpu", 0, _numpy_type(tensor), list(tensor.shape), tensor.data_ptr())
         try:
+            for name, tensor in bound.inputs.items():
+                binding.bind_input(name, "cpu", 0, _numpy_type(tensor), list(tensor.shape), tensor.data_ptr())
+            for name, tensor in bound.outputs.items():
+                binding.bind_output(name, "cpu", 0, _numpy_type(tensor), list(tensor.shape), tensor.data_ptr())
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises types of its own, all of them bare
             raise ExportError(f"graph {graph!r}, weights {index}, failed in ONNX Runtime: {error}") from error

@@ -5,6 +5,7 @@ Operands are checked and laid out by `Binding`, which ONNX Runtime shares; here 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from cfengine.errors import DeviceError, ExportError
-from cfengine.segments.binding import Bound, extent
+from cfengine.segments.binding import Bound, extent, placed
 from cfengine.segments.exported import SEGMENTS
 from cfengine.segments.manifest import Graph, Manifest, write_whole
-from cfengine.segments.tensorrt_library import kept_log, library
+from cfengine.segments.tensorrt_library import kept_log, library, on_gpu
 from cfengine.segments.tensorrt_plans import PlanFile, Plans
 
-ALIGNMENT = 256  # bytes that an operand's address must be a multiple of; torch's allocations on a GPU are of 512
+ALIGNMENT = 256  # bytes that addresses of operands and of workspace must be multiples of
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}  # torch's names and TensorRT's
+MESSAGES = 100  # of TensorRT's that a runner keeps: more than one failure tells, and a bound for one that runs for days
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,26 @@ class Loaded:
     weight_bytes: int
     workspace_bytes: int
 
+    def __str__(self) -> str:
+        weights, workspace = self.weight_bytes / 1e6, self.workspace_bytes / 1e6
+        memory = f"{weights:.1f} MB of weights, {workspace:.1f} MB of workspace"
+        return f"{self.plans} plans loaded in {self.seconds:.1f} s: {memory}"
+
 
 class _Running(NamedTuple):
-    """An engine and its context, which must not outlive it."""
+    """An engine, its context, and what the context was made with. They are let go from the last to the first."""
 
+    config: Any
     engine: Any
     context: Any
-    capturable: bool
 
 
 class TensorRTRunner:
-    """A `Runner` over plans that are loaded for one GPU.
+    """A `Runner` over plans that are loaded for one GPU, which need not be CUDA's current one.
 
     Contexts share a workspace as large as the largest of them asks for, since one stream runs them one after the other;
     that, and weights inside the engines, is all the memory they take. `execute_async_v3` only queues, so a CUDA graph
-    captures it with the attention between two engines.
+    captures it with the attention between two engines. Threads may share a runner, but not run it on two streams.
     """
 
     def __init__(
@@ -59,66 +66,111 @@ class TensorRTRunner:
         plans: Plans,
         device: torch.device | str,
         *,
-        graphs: tuple[str, ...] = SEGMENTS,
+        graphs: tuple[str, ...] | None = None,
         trt: ModuleType | None = None,
         stream: Callable[[], int] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Load the plans of some graphs.
+        """Load the plans of some graphs (those segments that there are).
 
         trt: the library (by default the one that the plans name)      stream: handle of the stream to run on (torch's
-        current one)      progress(what, done, total): called before each plan
-        Raises ExportError where a plan is not for this library, GPU or model, or not as it was written.
+        current one)      progress(what, done, total): called before each plan, and at the end, with what loading took
+        Raises ExportError where a plan is not for this library, GPU or model, or not as it was written, DeviceError
+        where the GPU has no memory left for the workspace.
         """
-        self.manifest, self.plans, self.device = manifest, plans, torch.device(device)
+        self.manifest, self.plans, self.device = manifest, plans, placed(device)
         self._trt = trt or library(plans.library)
         self._stream = stream or (lambda: torch.cuda.current_stream(self.device).cuda_stream)
         self._check_version()
         plans.check(manifest)
-        begin = time.perf_counter()
-        self._log = kept_log(self._trt)
-        self._runtime = self._trt.Runtime(self._log)
+        self._log = kept_log(self._trt, MESSAGES)
+        self._lock = threading.Lock()
         self._cache: Any = None
-        wanted = [(manifest.graph(n), i) for n in graphs for i in range(len(manifest.graph(n).weights))]
         self._running: dict[tuple[str, int], _Running] = {}
-        for done, (graph, index) in enumerate(wanted):
-            if progress:
-                progress(f"{graph.name} {index}", done, len(wanted))
-            self._running[graph.name, index] = self._open(graph, plans.file(graph.name, index))
-        size = max((running.engine.device_memory_size_v2 for running in self._running.values()), default=0)
-        self._workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
-        for running in self._running.values():
-            running.context.set_device_memory(self._workspace.data_ptr(), size)
-        files = [plans.file(graph.name, index) for graph, index in wanted]
-        sizes = sum(file.bytes for file in files), sum(file.weight_bytes for file in files), size
-        self.loaded = Loaded(len(files), time.perf_counter() - begin, *sizes)
+        self._capturable: dict[tuple[str, int], int] = {}  # plan -> a stream of which it said that it can be captured
+        names = graphs or tuple(name for name in SEGMENTS if name in manifest.graphs)
+        say = progress or (lambda what, done, total: None)
+        with on_gpu(self.device):
+            self.loaded = self._load([manifest.graph(name) for name in names], say)
 
     def run(self, graph: str, index: int, bound: Bound) -> None:
         """See `Runner.run`; queues the work on the stream and returns."""
         running = self._running.get((graph, index))
         if running is None:
             raise ExportError(f"plan of {graph} {index} is not loaded; name its graph when the runner is made")
-        if not running.capturable and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        with self._lock, on_gpu(self.device):  # a context has one set of addresses
+            self._log.errors.clear()  # those of calls that went well all the same
+            stream = self._stream()
+            inputs = {name: aligned(tensor) for name, tensor in bound.inputs.items()}
+            for name, tensor in (inputs | bound.outputs).items():
+                if not running.context.set_tensor_address(name, tensor.data_ptr()):
+                    raise ExportError(
+                        f"{self._trt.__name__} refuses the address of {name}, {list(tensor.shape)} at "
+                        f"{tensor.data_ptr():#x}, for {graph} {index} of {self.plans.folder}: {self._told()}; "
+                        f"run {self.plans.command}"
+                    )
+            self._check_capture(graph, index, stream)
+            if not running.context.execute_async_v3(stream):
+                raise DeviceError(
+                    f"{self._trt.__name__} failed to run {graph} {index} of {self.plans.folder}: {self._told()}; "
+                    f"run {self.plans.command}"
+                )
+
+    def save_cache(self) -> None:
+        """Keep the kernels that TensorRT-RTX compiled for this GPU beside the plans, for the next start."""
+        if self._cache is None:
+            return
+        with on_gpu(self.device):
+            data = bytes(self._cache.serialize())
+        if data:
+            with suppress(OSError):  # a folder that cannot be written to costs the next start some seconds
+                write_whole(self.plans.cache, data)
+
+    def _load(self, graphs: list[Graph], say: Callable[[str, int, int], None]) -> Loaded:
+        """Open every plan of these graphs, and give all of them the same workspace."""
+        begin = time.perf_counter()
+        self._runtime = self._trt.Runtime(self._log)
+        wanted = [(graph, index) for graph in graphs for index in range(len(graph.weights))]
+        files = [self.plans.file(graph.name, index) for graph, index in wanted]
+        for done, ((graph, index), file) in enumerate(zip(wanted, files, strict=True)):
+            say(f"{graph.name} {index}", done, len(wanted))
+            self._running[graph.name, index] = self._open(graph, file)
+        size = max((running.engine.device_memory_size_v2 for running in self._running.values()), default=0)
+        address = self._allocate(size)
+        for running in self._running.values():
+            running.context.set_device_memory(address, size)
+        sizes = sum(file.bytes for file in files), sum(file.weight_bytes for file in files), size
+        loaded = Loaded(len(files), time.perf_counter() - begin, *sizes)
+        say(str(loaded), len(wanted), len(wanted))
+        return loaded
+
+    def _allocate(self, size: int) -> int:
+        """Allocate the workspace, which lives as long as the runner; -> its address, aligned."""
+        try:
+            self._workspace = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{self.device} has no {size / 1e6:.0f} MB left for the workspace of {self.plans.folder}; close other "
+                "engines or programs on this GPU, or choose backend 'torch'"
+            ) from error
+        return -(-self._workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+    def _check_capture(self, graph: str, index: int, stream: int) -> None:
+        """Raise ExportError in a capture that TensorRT-RTX, whose plans may allocate, says cannot hold this plan.
+
+        The answer is for one stream and for a context that has its memory and addresses. So it is asked for here, in
+        the runs that warm a stream up before it captures, and a yes is kept: a capture then asks nothing.
+        """
+        ask = getattr(self._running[graph, index].context, "is_stream_capturable", None)
+        if ask is None or self._capturable.get((graph, index)) == stream:
+            return
+        if ask(stream):
+            self._capturable[graph, index] = stream
+        elif capturing(self.device):
             raise ExportError(
                 f"the plan of {graph} {index} cannot be captured in a CUDA graph, says {self._trt.__name__}; make the "
                 "engine with graphs=False"
             )
-        context = running.context
-        operands = {name: aligned(tensor) for name, tensor in bound.inputs.items()} | bound.outputs
-        for name, tensor in operands.items():
-            context.set_tensor_address(name, tensor.data_ptr())
-        if not context.execute_async_v3(self._stream()):
-            raise DeviceError(
-                f"{self._trt.__name__} failed to run {graph} {index} of {self.plans.folder}: {self._told()}; "
-                f"run {self.plans.command}"
-            )
-
-    def save_cache(self) -> None:
-        """Keep the kernels that TensorRT-RTX compiled for this GPU beside the plans, for the next start."""
-        data = bytes(self._cache.serialize()) if self._cache is not None else b""
-        if data:
-            with suppress(OSError):  # a folder that cannot be written to costs the next start some seconds
-                write_whole(self.plans.cache, data)
 
     def _check_version(self) -> None:
         if (self._trt.__name__, self._trt.__version__) != (self.plans.library, self.plans.library_version):
@@ -128,6 +180,7 @@ class TensorRTRunner:
             )
 
     def _open(self, graph: Graph, file: PlanFile) -> _Running:
+        self._log.errors.clear()
         engine = self._runtime.deserialize_cuda_engine(file.read(self.plans.command))
         if engine is None:
             raise ExportError(
@@ -135,11 +188,10 @@ class TensorRTRunner:
                 f"{self.plans.capability}: {self._told()}; run {self.plans.command}"
             )
         self._check_operands(engine, graph, file.path)
-        context = self._context(engine)
-        if context is None:
+        running = self._context(engine)
+        if running.context is None:
             raise ExportError(f"{file.path} makes no context: {self._told()}; run {self.plans.command}")
-        ask = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX alone has graphs that are not
-        return _Running(engine, context, bool(ask(self._stream())) if ask else True)
+        return running
 
     def _check_operands(self, engine: Any, graph: Graph, path: Path) -> None:
         """Hold an engine's operands against the graph's, so that a pointer is never taken for something else."""
@@ -159,19 +211,19 @@ class TensorRTRunner:
                     f"{list(expected[1])}; run {self.plans.command}"
                 )
 
-    def _context(self, engine: Any) -> Any:
+    def _context(self, engine: Any) -> _Running:
         """A context that is given its workspace; those of TensorRT-RTX share one cache of compiled kernels."""
         by_user = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         if config is None or not hasattr(config, "create_runtime_cache"):
-            return engine.create_execution_context(by_user)
+            return _Running(None, engine, engine.create_execution_context(by_user))
         config.set_execution_context_allocation_strategy(by_user)
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if self.plans.cache.is_file():
-                self._cache.deserialize(self.plans.cache.read_bytes())  # of another driver or GPU: it starts empty
+            with suppress(OSError):  # there is none yet, or none that can be read: it starts empty
+                self._cache.deserialize(self.plans.cache.read_bytes())  # as it does where that is of another GPU
         config.set_runtime_cache(self._cache)
-        return engine.create_execution_context(config)
+        return _Running((config, self._cache), engine, engine.create_execution_context(config))
 
     def _told(self) -> str:
         """The last error that TensorRT logged, on one line."""
@@ -181,3 +233,8 @@ class TensorRTRunner:
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy where it starts inside another at a place that kernels cannot read from."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is queued on torch's stream goes into a CUDA graph that is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,8 +1,10 @@
-"""TensorRT and TensorRT-RTX behind one door: the module by name, and a log that is kept instead of printed."""
+"""TensorRT and TensorRT-RTX behind one door: the module by name, its GPU, and a log that is kept instead of printed."""
 
 from __future__ import annotations
 
 import importlib
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +41,16 @@ def installed() -> list[str]:
     return found
 
 
-def gpu_library() -> tuple[str, str]:
-    """Library for the GPU at hand, TensorRT where it is installed and else TensorRT-RTX, and its compute capability."""
+def on_gpu(device: torch.device) -> AbstractContextManager:
+    """A context in which `device` is CUDA's current one, which is where TensorRT builds, loads and runs."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def gpu_library(device: torch.device | str | None = None) -> tuple[str, str]:
+    """Library for a GPU, TensorRT where it is installed and else TensorRT-RTX, and the GPU's compute capability.
+
+    device: CUDA's current one where not given
+    """
     if not torch.cuda.is_available():
         raise ConfigError(
             f"torch {torch.__version__} finds no GPU to build for; use --target rtx, which builds ahead of time, "
@@ -49,22 +59,24 @@ def gpu_library() -> tuple[str, str]:
     found = installed()
     if not found:
         raise ConfigError(f"neither TensorRT nor TensorRT-RTX is installed; {' or '.join(LIBRARIES.values())}")
-    return found[-1], ".".join(map(str, torch.cuda.get_device_capability()))
+    return found[-1], ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
-def kept_log(trt: ModuleType) -> Any:
-    """A logger for `trt` that keeps what it is told.  lines: (severity name, text)      errors: texts of the worst"""
+def kept_log(trt: ModuleType, most: int | None = None) -> Any:
+    """A logger for `trt` that keeps what it is told, or the last `most` lines and errors of it.
+
+    lines: (severity name, text)      errors: texts of the worst, which no number of other lines drives out
+    """
 
     class KeptLog(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.lines: list[tuple[str, str]] = []
+            self.lines: deque[tuple[str, str]] = deque(maxlen=most)
+            self.errors: deque[str] = deque(maxlen=most)
 
         def log(self, severity: Any, message: str) -> None:
             self.lines.append((severity.name, message))
-
-        @property
-        def errors(self) -> list[str]:
-            return [text for name, text in self.lines if name in ("ERROR", "INTERNAL_ERROR")]
+            if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                self.errors.append(message)
 
     return KeptLog()

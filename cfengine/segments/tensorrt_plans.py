@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class PlanFile:
     weight_bytes: int
     workspace_bytes: int
     products: dict[str, str]  # weight of each product -> precision it is multiplied in
+    onnx_sha256: str  # of the graph and of the weights that it was built from
+    weights_sha256: str
 
     def read(self, command: str) -> bytes:
         """The plan; ExportError where it is missing, truncated or changed."""
@@ -105,6 +108,16 @@ class Plans:
                 f"{self.folder / NAME} was built from weights of hash {self.model_hash[:12]}, but those of "
                 f"{manifest.folder} have {manifest.model_hash[:12]}; run {self.command}"
             )
+        for file in self.files.values():
+            graph = manifest.graph(file.graph)
+            built = {graph.file: file.onnx_sha256, graph.weights[file.index]: file.weights_sha256}
+            for source, built_from in built.items():
+                wanted = manifest.files[source]["sha256"]
+                if built_from != wanted:
+                    raise ExportError(
+                        f"{file.path} was built from a {source} of hash {built_from[:12]} and {manifest.folder} has "
+                        f"{wanted[:12]}; run {self.command}"
+                    )
 
     def file(self, graph: str, index: int) -> PlanFile:
         """The plan of a graph with a weight set; ExportError where it was not built."""
@@ -143,9 +156,9 @@ def place(capability: str) -> str:
     return f"sm{capability.replace('.', '')}"
 
 
-def plans_folder(export: Path, target: str, precision: str) -> Path:
-    """Where the plans of an export lie."""
-    return export / "tensorrt" / f"{target}-{precision}"
+def plans_folder(export: Path, target: str, precision: str, gpu: str = "") -> Path:
+    """Where the plans of an export lie.  gpu: name of the one that they were built on, where they are for that alone"""
+    return export / "tensorrt" / "-".join(filter(None, (target, precision, re.sub(r"\W+", "_", gpu))))
 
 
 def command(export: Path, target: str, precision: str) -> str:
@@ -155,7 +168,7 @@ def command(export: Path, target: str, precision: str) -> str:
 
 def _guess(folder: Path) -> str:
     """The command that builds a folder whose description is of no help: its name says target and precision."""
-    target, _, precision = folder.name.partition("-")
+    target, precision, *_ = (*folder.name.split("-", 2), "")
     return command(folder.parent.parent, target or "rtx", precision or "bf16")
 
 

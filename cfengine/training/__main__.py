@@ -1,48 +1,127 @@
-"""Command line of the training: `python -m cfengine.training train --out DIR`."""
+"""Train a model: `python -m cfengine.training train --config tiny-world --out DIR`.
+
+`train` is `teacher`, `student` and `evaluate`, one after the other. A stage that was cut goes on where it was saved, a
+finished one is skipped, and curves of everything reported are drawn as DIR/curves.png.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from cfengine.config import preset
-from cfengine.errors import CFEngineError
-from cfengine.training.recipe import Effort, Log, averaged, train, write_weights
+from cfengine.cli_display import PlainDisplay
+from cfengine.config import launched
+from cfengine.errors import CFEngineError, ConfigError
+from cfengine.training.curves import can_draw
+from cfengine.training.dry import student_step, table, teacher_step
+from cfengine.training.parallel import check_devices, joined, rank, size
+from cfengine.training.recipe import Run, averaged, train_student, train_teacher, write_weights
+from cfengine.training.settings import Settings, built_in, read
+
+COMMANDS = {
+    "train": "everything, from nothing to weights and their evaluation",
+    "teacher": "codec, strips of latents, flow matching under the memory, lookup",
+    "student": "distil the teacher; DIR/weights opens with Engine.from_pretrained",
+    "evaluate": "measure DIR/weights in little, into DIR/evaluation.json",
+}
 
 
-def main() -> int:
-    """Parse, train or export, and say where the weights are."""
-    parser = argparse.ArgumentParser(prog="python -m cfengine.training", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("train", help="run the whole recipe; finished stages are skipped, others go on")
-    run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--processes", type=int, default=2, help="one for each core")
-    for name, default in Effort()._asdict().items():
-        run.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m cfengine.training", description=__doc__.splitlines()[0])
+    commands = made.add_subparsers(dest="command", required=True)
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("--config", default="tiny-world", help=f"TOML file, or one of {', '.join(built_in())}")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as student.steps=100")
+        command.add_argument("--steps-scale", type=float, default=1.0, metavar="F", help="times every number of steps")
+        command.add_argument("--dry-run", action="store_true", help="a step without values: sizes and FLOPs")
+        command.add_argument("--out", type=Path, help="folder of states, log and weights")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--processes", type=int, help="default: 2 on a CPU (a core each), 1 on a GPU")
+        if name == "student":
+            command.add_argument("--teacher", type=Path, help="folder of the teacher; default: --out")
     dump = commands.add_parser("export", help="write the averaged weights of an unfinished stage")
     dump.add_argument("state", type=Path)
     dump.add_argument("folder", type=Path)
-    options = parser.parse_args()
+    dump.add_argument("--config", default="tiny-world")
+    dump.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    return made
+
+
+def dry_run(command: str, settings: Settings) -> None:
+    """Say what steps of the stages of a command take."""
+    steps = {"teacher": [teacher_step], "student": [student_step]}.get(command, [teacher_step, student_step])
+    sys.stdout.write(table([step(settings) for step in steps]) + "\n")
+
+
+def work(options: argparse.Namespace, settings: Settings, run: Run, say: PlainDisplay) -> None:
+    """Run the stages of a command."""
+    if options.command in ("train", "teacher"):
+        state = train_teacher(run)
+        say.done(f"teacher: {state}")
+    if options.command in ("train", "student"):
+        weights = train_student(run, getattr(options, "teacher", None))
+        say.done(f"weights: {weights}")
+    if options.command in ("train", "evaluate") and settings.worded and rank() == 0:
+        from cfengine.training.evaluate import evaluate
+
+        for record in evaluate(run.out / "weights", run.out, settings.evaluation):
+            say.done(f"{record['name']:44s} {record['value']:8.3f} {record['unit']}")
+
+
+def export(options: argparse.Namespace, settings: Settings, say: PlainDisplay) -> None:
+    """Weights of a state, with the codec that lies beside it."""
+    world, step = averaged(options.state, settings.config)
+    write_weights(world, options.folder, settings.config, options.state.with_name("refined.safetensors"))
+    say.done(f"weights of step {step} are in {options.folder}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; 0, 2 where something is wrong with what was asked, or 130 after Ctrl-C."""
+    made = parser()
+    options, say = made.parse_args(arguments), PlainDisplay()
     try:
+        settings = read(options.config, options.set)
         if options.command == "export":
-            world, step = averaged(options.state, preset("tiny-world"))
-            options.folder.mkdir(parents=True, exist_ok=True)
-            write_weights(world, options.folder)
-            sys.stderr.write(f"weights of step {step} are in {options.folder}\n")
+            export(options, settings, say)
             return 0
-        torch.set_num_threads(options.processes)
-        options.out.mkdir(parents=True, exist_ok=True)
-        effort = Effort(*(getattr(options, name) for name in Effort._fields))
-        folder = train(options.out, options.seed, effort, Log(options.out / "log.jsonl"), processes=options.processes)
-        sys.stderr.write(f"weights are in {folder}\n")
+        settings = settings.scaled(options.steps_scale)
+        if options.dry_run:
+            dry_run(options.command, settings)
+            return 0
+        if options.out is None:
+            made.error("--out DIR is needed")
+        if options.command == "evaluate" and not settings.worded:
+            raise ConfigError("evaluate measures the small world; for other models there is cfengine.bench.quality")
+        alone = not launched()
+        processes = (2 if options.device == "cpu" else 1) if options.processes is None else options.processes
+        check_devices(options.device, processes if alone else 1)
+        if alone and options.device == "cpu":
+            torch.set_num_threads(processes)  # for the stages that one process runs
+        with nullcontext() if alone else joined(options.device):
+            if rank() == 0 and not can_draw():
+                say.notice("curves.png needs matplotlib; pip install 'cfengine[plot]'")
+            run = Run(options.out, settings, options.seed, processes if alone else size(), options.device)
+            work(options, settings, run, say if rank() == 0 else _Silent())
         return 0
+    except KeyboardInterrupt:
+        say.stopped("stopped; the same command goes on from what was saved last")
+        return 130
     except CFEngineError as error:
-        sys.stderr.write(f"{error}\n")
+        say.failed(str(error))
         return 2
+
+
+class _Silent(PlainDisplay):
+    """What processes other than the first say."""
+
+    def done(self, message: str) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cfengine.codec.tiny_world import SPACE, PairDecoder, PatchEncoder, TinyWorldCodec
 from cfengine.training import world
 from cfengine.training.optimiser import Both, schedule
+from cfengine.training.settings import Descent
 
 NOISE = 0.12  # largest size of the noise on unit-variance latents
 REFINING_NOISE = 0.1
@@ -105,11 +106,12 @@ def train_codec(
         optimiser.load_state_dict(state["optimiser"])
         draw.set_state(state["draw"])
         begin = state["step"]
+    descent = Descent(steps, 3e-3, warm=40)
     for step in range(begin, steps):
         with torch.autocast("cpu", torch.bfloat16):
             loss = codec_loss(codec, codec_batch(turns, batch, draw), NOISE, draw)
         loss.backward()
-        optimiser.step(schedule(step, steps, 3e-3, 40))
+        optimiser.step(schedule(step, descent))
         if step % 25 == 0:
             report("codec", {"step": step, "of": steps, "loss": loss.item()})
         if step % 100 == 99:
@@ -135,12 +137,12 @@ def refine_decoder(
     turns = panoramas(400, seed)
     codec.encoder_net.requires_grad_(False).eval()
     net = codec.decoder_net.train().to(memory_format=torch.channels_last)
-    optimiser = optimiser_of(net, codec)
+    optimiser, descent = optimiser_of(net, codec), Descent(steps, 2e-3, warm=40)
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
             loss = codec_loss(codec, codec_batch(turns, batch, draw), REFINING_NOISE, draw)
         loss.backward()
-        optimiser.step(schedule(step, steps, 2e-3, 40))
+        optimiser.step(schedule(step, descent))
         if step % 25 == 0:
             report("decoder", {"step": step, "of": steps, "loss": loss.item()})
     codec.save(out)

@@ -7,7 +7,7 @@ columns holds every view of a scene: a session of any length is a gather.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,16 +30,32 @@ class Strips(NamedTuple):
     latents: torch.Tensor
     words: torch.Tensor
 
+    def draw(self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
+        """See `draw_batch`."""
+        return draw_batch(self, size, chunks, draw, shuttles=shuttles)
+
 
 class Batch(NamedTuple):
-    """latents: (B, C, 3, 16, rows, columns) float32, true views      concepts: (B, C, 4) concept number per group
+    """latents: (B, C, 3, 16, rows, columns) float32, the truth
 
-    yaws: (B, C, 3) of the views, in latent columns
+    prompts: (B, C, 4) concept number per group, or (B, C, n, text_dim) rows of a text encoder
+    yaws: (B, C, 3) of the views, in latent columns; None where no renderer made them
     """
 
     latents: torch.Tensor
-    concepts: torch.Tensor
-    yaws: torch.Tensor
+    prompts: torch.Tensor
+    yaws: torch.Tensor | None
+
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(part if part is None else part.to(device) for part in self))
+
+
+class Source(Protocol):
+    """What batches are drawn from."""
+
+    def draw(self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
+        """`size` sessions of `chunks` chunks; shuttles: see `draw_batch`"""
 
 
 def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:

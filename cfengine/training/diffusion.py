@@ -16,22 +16,16 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig, SamplerConfig
-from cfengine.training.data import Batch, Strips, draw_batch
+from cfengine.training.data import Batch, Source
 from cfengine.training.forward import flow
-from cfengine.training.optimiser import schedule
 from cfengine.training.parallel import draws, rank
+from cfengine.training.place import device_of, mixed, number
+from cfengine.training.settings import Length, Teacher
 from cfengine.training.state import Progress, World
 
 TAUGHT = SamplerConfig()  # the schedule whose levels the teacher sees most; a student may walk another one
 COPIES = 2  # noisy copies of every chunk in a step
 EARLY = 0.24  # share of the training after which the network is also kept as it is then, to guide the distillation
-LENGTHS = {  # chunks of a session, sessions in a batch of one process: share of batches early, late
-    (2, 8): (0.0, 0.15),
-    (4, 4): (0.45, 0.2),
-    (8, 2): (0.45, 0.3),
-    (16, 1): (0.1, 0.2),
-    (28, 1): (0.0, 0.15),
-}
 
 
 def sampler_sigmas(sampler: SamplerConfig = TAUGHT) -> Tensor:
@@ -55,19 +49,11 @@ def spread(sigma: Tensor) -> Tensor:
     return sigma[..., None, None, None, None]
 
 
-def lengths_at(share: float) -> dict[tuple[int, int], float]:
-    """LENGTHS with their shares of batches when `share` of the training is done."""
+def length_at(lengths: tuple[Length, ...], share: float, common: np.random.Generator) -> Length:
+    """One of `lengths` when `share` of the training is done: the same in all processes."""
     blend = min(1.0, share / 0.4)
-    return {length: (1 - blend) * early + blend * late for length, (early, late) in LENGTHS.items()}
-
-
-def draw_sequence(
-    strips: Strips, lengths: dict[tuple[int, int], float], common: np.random.Generator, draw: np.random.Generator
-) -> Batch:
-    """A batch whose length, of `lengths` and their shares, is the same in all processes."""
-    weights = np.asarray([*lengths.values()])
-    chunks, size = list(lengths)[common.choice(len(lengths), p=weights / weights.sum())]
-    return draw_batch(strips, size, chunks, draw)
+    weights = np.asarray([(1 - blend) * length.early + blend * length.late for length in lengths])
+    return lengths[common.choice(len(lengths), p=weights / weights.sum())]
 
 
 def corrupt(truth: Tensor, made: Tensor | None, draw: np.random.Generator) -> Tensor:
@@ -75,10 +61,10 @@ def corrupt(truth: Tensor, made: Tensor | None, draw: np.random.Generator) -> Te
     B, C = truth.shape[:2]
     context = truth
     if made is not None:
-        own = torch.from_numpy(draw.random((B, C)) < draw.choice([0.3, 0.7, 1.0]))
+        own = torch.from_numpy(draw.random((B, C)) < draw.choice([0.3, 0.7, 1.0])).to(truth.device)
         context = torch.where(own[..., None, None, None, None], made, truth)
     amount = torch.from_numpy(0.1 * draw.random((B, C)) * (draw.random((B, C)) < 0.4)).float()
-    return context + amount[..., None, None, None, None] * torch.randn(truth.shape)
+    return context + amount.to(truth.device)[..., None, None, None, None] * torch.randn_like(truth)
 
 
 def training_step(
@@ -86,12 +72,12 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Loss of one step, and x0 (B, C, ...) as the model now sees it through the least noise drawn for each chunk."""
     B, C = batch.latents.shape[:2]
-    levels = sampler_sigmas()
-    sigma = draw_sigmas((COPIES, B, C), levels, draw)
-    noise = torch.randn(COPIES, *batch.latents.shape)
+    device = batch.latents.device
+    sigma = draw_sigmas((COPIES, B, C), sampler_sigmas(), draw).to(device)
+    noise = torch.randn(COPIES, *batch.latents.shape, device=device)
     noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
-    with torch.autocast("cpu", torch.bfloat16):
-        guess = flow(world.dit, config.memory, context, noisy, 1000 * sigma, world.table[batch.concepts])
+    with mixed(device):
+        guess = flow(world.dit, config.memory, context, noisy, 1000 * sigma, world.text(batch.prompts))
     loss = (guess - (noise - batch.latents)).square().mean()
     return loss, made_of(batch.latents, context, noisy, guess, sigma)
 
@@ -104,7 +90,7 @@ def made_of(latents: Tensor, context: Tensor, noisy: Tensor, guess: Tensor, sigm
     """
     pick = spread(sigma.argmin(0, keepdim=True)).expand(1, *latents.shape)
     made = (noisy - spread(sigma) * guess).gather(0, pick)[0]
-    near = spread(sigma.amin(0, keepdim=True) <= sampler_sigmas()[-1] + 0.05)[0]
+    near = spread(sigma.amin(0, keepdim=True) <= (sampler_sigmas()[-1] + 0.05).item())[0]
     return torch.where(near, made, context)
 
 
@@ -115,31 +101,33 @@ def early_state(out: Path) -> Path:
 
 def train_diffusion(
     out: Path,
+    world: World,
     config: EngineConfig,
-    strips: Strips,
+    source: Source,
     seed: int,
-    steps: int,
+    settings: Teacher,
     report: Callable[[str, dict], None],
-    *,
-    peak: float = 2e-3,
 ) -> None:
-    """Train to `steps` steps, going on from `out` where it exists, and leave the state there; see `early_state`."""
-    torch.manual_seed(seed)
-    early = max(1, round(EARLY * steps))
-    progress = Progress(World(config.model), decay=0.998)
+    """Train `world` for `settings.steps`, going on from `out` where it exists; the state stays there.
+
+    See `early_state` for what else is kept.
+    """
+    steps, early = settings.steps, max(1, round(EARLY * settings.steps))
+    progress = Progress(world, settings)
     progress.resume(out)
-    mean = None
+    device, mean = device_of(world), None
     while progress.step < steps:
         share = progress.step / steps
         common, draw = draws(seed, progress.step)
-        batch = draw_sequence(strips, lengths_at(share), common, draw)
+        length = length_at(settings.lengths, share, common)
+        batch = source.draw(length.sessions, length.chunks, draw).on(device)
         made = None
         for _ in range(1 if share < 0.2 else 3):
             context = corrupt(batch.latents, made, draw)
             loss, made = training_step(progress.world, config, batch, context, draw)
             loss.backward()
-            progress.advance(schedule(progress.step, steps, peak, 60))
-            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+            progress.advance()
+            mean = number(loss) if mean is None else 0.98 * mean + 0.02 * number(loss)
             if rank() == 0 and progress.step % 20 == 0:
                 report("dit", {"step": progress.step, "of": steps, "loss": mean})
             if rank() == 0 and progress.step == early:

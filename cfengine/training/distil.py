@@ -6,18 +6,20 @@ after a random number of its own passes is noised again, and moved against the d
 that of a critic, which learns to denoise the student's samples, and that of the teacher (Yin et al., arXiv 2311.18828
 and 2405.14867; with passes of the sampler and one that carries the gradient as in Huang et al., arXiv 2506.08009).
 The teacher is guided by itself as it was early in its training: it is moved on where the two differ, away from blends
-that only the early one still makes (Karras et al., arXiv 2406.02507).
+that only the early one still makes (Karras et al., arXiv 2406.02507). A teacher that did not begin here is guided by
+itself without a prompt (Ho and Salimans, arXiv 2207.12598). `cfengine.training.settings.Student` has the numbers.
 
-Student, critic and teacher see the same context. In ALONE of the batches it is a rollout: what the student makes chunk
-by chunk through the engine's own passes and memory. Stage 1 rolls out as far as the window of a short teacher reaches;
-stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range that grows.
-In the other batches the context is the truth, or what the student's last pass makes of the noised truth, and that pass
-is also held to the truth, without which colours pale.
+Student, critic and teacher see the same context. In `alone` of the batches it is a rollout: what the student makes
+chunk by chunk through the engine's own passes and memory. Stage 1 rolls out as far as the window of a short teacher
+reaches; stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range
+that grows. In the other batches the context is the truth, or what the student's last pass makes of the noised truth,
+and that pass is also held to the truth, without which colours pale.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,25 +31,16 @@ from torch import Tensor
 from cfengine.config import EngineConfig
 from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
-from cfengine.training.data import Batch, Strips, draw_batch
+from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import corrupt, draw_sigmas, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember
-from cfengine.training.optimiser import schedule
 from cfengine.training.parallel import draws, rank
+from cfengine.training.place import device_of, mixed, number
+from cfengine.training.settings import Student
 from cfengine.training.state import Progress, World
 
 COPIES = 2  # noise levels at which a sample is judged, and at which the critic learns from it
-LOCAL = 0.4  # share of the steps that stage 1 takes
-SHORT = (2, 7)  # chunks of a rollout in stage 1; 7 are the 21 latent frames of the paper's local stage
-LONG = (8, 12, 28)  # in stage 2: at least, at most when it begins, at most when it ends
-CHUNKS = 16  # in a batch of one process: so many sessions that their chunks are about that
-GUIDANCE = 1.0  # of the teacher by its early self; 0: none
-CRITIC_STEPS = 5  # for each of the student's, with its sample
-ANCHOR = 1.0  # weight of redrawing the truth from the last noise level, which keeps colours and copies exact
-ALONE = 0.5  # share of batches whose contexts are the student's own rollouts; the others stay near the truth
-GIVEN = 0.5  # share of rollouts that go on from true chunks, up to half of them
-TURNS = 4  # steps with one batch
-CRITIC_PACE = 2.0  # learning rate of the critic over that of the student
+CRITIC_DECAY = 0.9  # of the critic's average, which nobody uses but a reader of its state
 FLOOR = 0.1  # least size of the teacher's correction in the gradient's normalisation; latents have unit variance
 
 
@@ -56,46 +49,50 @@ def guess(world: World, context: Context, noisy: Tensor, sigma: Tensor, grad: bo
 
     Each call has an autocast of its own: the weights it keeps from a call without gradient would pass none on.
     """
-    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+    with torch.set_grad_enabled(grad), mixed(noisy.device):
         return flow_from(world.dit, context, noisy, 1000 * sigma)
 
 
-def context_of(world: World, config: EngineConfig, latents: Tensor, concepts: Tensor) -> Context:
+def context_of(world: World, config: EngineConfig, latents: Tensor, prompts: Tensor) -> Context:
     """What chunks see of `latents` (B, C, ...) through the eyes of `world`; carries no gradient."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return remember(world.dit, config.memory, latents, world.table[concepts])
+    with torch.no_grad(), mixed(latents.device):
+        return remember(world.dit, config.memory, latents, world.text(prompts))
 
 
 def sample(student: World, context: Context, levels: Tensor, graded: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Run the sampler's passes: x0 (1, B, C, ...) of pass `graded`, the only one with a gradient, and of the last."""
-    x, kept = torch.randn(1, *shape), None
+    device = device_of(student)
+    x, kept = torch.randn(1, *shape, device=device), None
     for i, level in enumerate(levels.tolist()):
-        flow = guess(student, context, x, torch.full(x.shape[:3], level), grad=i == graded)
+        flow = guess(student, context, x, torch.full(x.shape[:3], level, device=device), grad=i == graded)
         x0 = x - level * flow
         if i == graded:
             kept, x0 = x0, x0.detach()
         if i + 1 < len(levels):
-            x = (1 - levels[i + 1]) * x0 + levels[i + 1] * torch.randn_like(x0)
+            after = levels[i + 1].item()
+            x = (1 - after) * x0 + after * torch.randn_like(x0)
     return kept, x0
 
 
 def noised(x0: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """x0 (1, B, C, ...) at COPIES random noise levels: x_t (K, B, C, ...), sigma (K, B, C), noise (K, B, C, ...)."""
-    sigma = draw_sigmas((COPIES, *x0.shape[1:3]), sampler_sigmas()[1:], draw)
-    noise = torch.randn(COPIES, *x0.shape[1:])
+    sigma = draw_sigmas((COPIES, *x0.shape[1:3]), sampler_sigmas()[1:], draw).to(x0.device)
+    noise = torch.randn(COPIES, *x0.shape[1:], device=x0.device)
     return (1 - spread(sigma)) * x0 + spread(sigma) * noise, sigma, noise
 
 
 class Judges(NamedTuple):
-    """Who denoises a sample: the critic, the teacher, and the teacher as it was early; in that order everywhere."""
+    """Who denoises a sample: the critic, the teacher, and whom that is guided away from; always in that order."""
 
     critic: World
     teacher: World
-    early: World
+    rough: World
 
 
 @torch.no_grad()
-def matching_gradient(judges: Judges, contexts: tuple[Context, ...], x0: Tensor, draw: np.random.Generator) -> Tensor:
+def matching_gradient(
+    judges: Judges, contexts: tuple[Context, ...], x0: Tensor, draw: np.random.Generator, guidance: float
+) -> Tensor:
     """Where the student's sample x0 (1, B, C, ...) is likelier than it should be: (denoised by the critic - by the
     guided teacher) / mean |x0 - denoised by the teacher| of a chunk, averaged over noise levels (DMD, equation 8).
 
@@ -106,7 +103,7 @@ def matching_gradient(judges: Judges, contexts: tuple[Context, ...], x0: Tensor,
         noisy - spread(sigma) * guess(judge, context, noisy, sigma)
         for judge, context in zip(judges, contexts, strict=True)
     )
-    real = real + GUIDANCE * (real - rough)
+    real = real + guidance * (real - rough)
     size = (x0 - real).abs().mean(dim=(3, 4, 5, 6), keepdim=True).clamp(min=FLOOR)
     return ((fake - real) / size).mean(0, keepdim=True)
 
@@ -128,49 +125,59 @@ class Made(NamedTuple):
 class Distillation:
     """Student, critic and teacher, and one step of the first two."""
 
-    def __init__(self, teacher: World, early: World, config: EngineConfig) -> None:
-        """early: the teacher as it was early in its training"""
-        self.config = config
-        self.student = Progress(copy.deepcopy(teacher).requires_grad_(True), decay=0.99)
-        self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), decay=0.9)
-        self.judges = Judges(self.critic.world, teacher, early)
+    def __init__(self, teacher: World, early: World | None, config: EngineConfig, settings: Student) -> None:
+        """early: the teacher as it was early in its training; None: it is guided by itself without a prompt"""
+        self.config, self.settings = config, settings
+        self.student = Progress(copy.deepcopy(teacher).requires_grad_(True), settings)
+        pace = dataclasses.replace(settings, decay=CRITIC_DECAY)
+        self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
+        self.judges, self.blind = Judges(self.critic.world, teacher, early or teacher), early is None
         self.levels = sampler_sigmas(config.sampler)
 
-    def step(self, batch: Batch, latents: Tensor, lr: float, graded: int, draw, *, anchored: bool) -> Made:
+    def contexts(self, latents: Tensor, prompts: Tensor) -> list[Context]:
+        """What the student and each judge see."""
+        worlds = (self.student.world, *self.judges)
+        seen = [context_of(world, self.config, latents, prompts) for world in worlds[: 3 if self.blind else 4]]
+        if self.blind:  # rows of zeros are what pads a prompt
+            seen.append(context_of(self.judges.rough, self.config, latents, torch.zeros_like(prompts)))
+        return seen
+
+    def step(self, batch: Batch, latents: Tensor, graded: int, draw: np.random.Generator, *, anchored: bool) -> Made:
         """Update student and critic under the context `latents` (B, C, ...); `graded`: pass that learns."""
-        student, critic = self.student.world, self.critic.world
-        own, *seen = (context_of(world, self.config, latents, batch.concepts) for world in (student, *self.judges))
+        settings, student, critic = self.settings, self.student.world, self.critic.world
+        rate, (own, *seen) = self.student.rate, self.contexts(latents, batch.prompts)
         x0, final = sample(student, own, self.levels, graded, latents.shape)
-        gradient = matching_gradient(self.judges, tuple(seen), x0.detach(), draw)
+        gradient = matching_gradient(self.judges, tuple(seen), x0.detach(), draw, settings.guidance)
         (x0 * gradient).mean().backward()
-        measures = {"gradient": gradient.abs().mean().item()}
+        measures = {"gradient": number(gradient.abs().mean())}
         redrawn = None
         if anchored:
             redrawn = self.redrawn(own, batch.latents)
             anchor = (redrawn - batch.latents).square().mean()
-            (ANCHOR * anchor).backward()
-            redrawn, measures["anchor"] = redrawn.detach(), anchor.item()
-        self.student.advance(lr)
-        for _ in range(CRITIC_STEPS):  # under the context as the critic saw it first: it carries no gradient anyway
+            (settings.anchor * anchor).backward()
+            redrawn, measures["anchor"] = redrawn.detach(), number(anchor)
+        self.student.advance()
+        for _ in range(settings.critic_steps):  # under the context as the critic saw it first: no gradient goes there
             loss = critic_loss(critic, seen[0], x0.detach(), draw)
             loss.backward()
-            self.critic.advance(CRITIC_PACE * lr)
-        measures["critic"] = loss.item()
+            self.critic.advance(settings.critic_pace * rate)
+        measures["critic"] = number(loss)
         return Made(final[0], redrawn, measures)
 
     def redrawn(self, own: Context, truth: Tensor) -> Tensor:
         """True chunks (B, C, ...) as the student's last pass redraws them; carries the gradient."""
-        level = self.levels[-1]
+        level = self.levels[-1].item()
         noisy = ((1 - level) * truth + level * torch.randn_like(truth))[None]
-        return (noisy - level * guess(self.student.world, own, noisy, level.expand(noisy.shape[:3]), grad=True))[0]
+        sigma = torch.full(noisy.shape[:3], level, device=truth.device)
+        return (noisy - level * guess(self.student.world, own, noisy, sigma, grad=True))[0]
 
 
-def horizon(share: float, common: np.random.Generator) -> int:
+def horizon(settings: Student, share: float, common: np.random.Generator) -> int:
     """Chunks of a session when `share` of the steps are done: the same in all processes."""
-    if share < LOCAL:
-        return int(common.integers(SHORT[0], SHORT[1] + 1))
-    least, first, last = LONG
-    most = first + (last - first) * (share - LOCAL) / (1 - LOCAL)
+    if share < settings.local:
+        return int(common.integers(settings.short[0], settings.short[1] + 1))
+    least, first, last = settings.long
+    most = first + (last - first) * (share - settings.local) / (1 - settings.local)
     return int(common.integers(least, round(most) + 1))
 
 
@@ -180,14 +187,18 @@ def roll_out(student: World, config: EngineConfig, ops: Ops, batch: Batch, given
     Chunk by chunk, as the engine streams: passes of the sampler, the clean pass, the memory's own rule.
     """
     model = copy.deepcopy(student.dit).prepare()
-    rollout = Rollout(model, config, ops, lambda concepts: model.project_text(student.table[list(concepts)]), seeds)
+    sessions, chunks = batch.latents.shape[:2]
+    text, worded = student.text(batch.prompts), not batch.prompts.is_floating_point()
+    # what tells two prompts apart: their concepts; a clip has one prompt
+    keys = [[tuple(batch.prompts[b, c].tolist()) if worded else b for b in range(sessions)] for c in range(chunks)]
+    rows = {keys[c][b]: text[b, c] for c in range(chunks) for b in range(sessions)}
+    rollout = Rollout(model, config, ops, lambda key: model.project_text(rows[key]), seeds)
     parts = []
-    for chunk in range(batch.latents.shape[1]):
-        prompts = [tuple(row) for row in batch.concepts[:, chunk].tolist()]
+    for chunk in range(chunks):
         if chunk < given:
-            rollout.prime(batch.latents[:, chunk], prompts)
+            rollout.prime(batch.latents[:, chunk], keys[chunk])
         else:
-            rollout.step(prompts)
+            rollout.step(keys[chunk])
         parts.append(rollout.latents)
     return torch.stack(parts, 1)
 
@@ -195,45 +206,43 @@ def roll_out(student: World, config: EngineConfig, ops: Ops, batch: Batch, given
 def train_distil(
     out: Path,
     teacher: World,
-    early: World,
+    early: World | None,
     config: EngineConfig,
-    strips: Strips,
+    source: Source,
     seed: int,
-    steps: int,
+    settings: Student,
     report: Callable[[str, dict], None],
-    *,
-    peak: float = 2.5e-4,
 ) -> None:
-    """Distil `teacher`, guided by its `early` self, to `steps` steps, in whole batches.
+    """Distil `teacher`, guided by its `early` self, in `settings.steps` steps, in whole batches.
 
     Goes on from `out` where it exists; the state stays there.
     """
-    work = Distillation(teacher, early, config)
+    work, steps, device = Distillation(teacher, early, config, settings), settings.steps, device_of(teacher)
     kept = out.with_name(f"{out.stem}-critic{out.suffix}")
-    progress, means, ops = work.student, {}, select("cpu")
+    progress, means, ops = work.student, {}, select(device.type)
     if progress.resume(out):
         work.critic.resume(kept)
     while progress.step < steps:
         common, draw = draws(seed, progress.step)
-        chunks = horizon(progress.step / steps, common)
-        batch = draw_batch(strips, max(1, CHUNKS // chunks), chunks, draw)
-        alone = common.random() < ALONE
+        chunks = horizon(settings, progress.step / steps, common)
+        batch = source.draw(settings.sessions(chunks), chunks, draw, shuttles=settings.shuttles).on(device)
+        alone = common.random() < settings.alone
         truth = corrupt(batch.latents, None, draw)
         latents = truth
         if alone:
-            given = int(draw.integers(1, max(2, chunks // 2 + 1))) if draw.random() < GIVEN else 0
+            given = int(draw.integers(1, max(2, chunks // 2 + 1))) if draw.random() < settings.given else 0
             seeds = draw.integers(2**62, size=len(batch.latents)).tolist()
             with torch.inference_mode():
                 latents = roll_out(progress.world, config, ops, batch, given, seeds)
             latents = latents.clone()  # no longer an inference tensor
-        for _ in range(TURNS):
-            lr, graded = schedule(progress.step, steps, peak, 40), int(common.integers(len(work.levels)))
-            made = work.step(batch, latents, lr, graded, draw, anchored=not alone)
+        for _ in range(settings.turns):
+            graded = int(common.integers(len(work.levels)))
+            made = work.step(batch, latents, graded, draw, anchored=not alone)
             if not alone:
                 latents = corrupt(truth, made.redrawn, draw)
             means |= {name: 0.95 * means.get(name, new) + 0.05 * new for name, new in made.measures.items()}
             if rank() == 0 and progress.step % 10 == 0:
                 report("distil", {"step": progress.step, "of": steps, **means})
-        if rank() == 0 and (progress.step >= steps or progress.step % (10 * TURNS) == 0):
+        if rank() == 0 and (progress.step >= steps or progress.step % (10 * settings.turns) == 0):
             progress.save(out)
             work.critic.save(kept)

@@ -76,7 +76,9 @@ def turn(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def places(chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memory: MemoryConfig) -> Places:
+def places(
+    chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memory: MemoryConfig, device: torch.device
+) -> Places:
     """Tables for sequences of `chunks` chunks; slots in the order sink, fast, slow (newest first)."""
     c, pairs = memory.chunk_frames, head_dim // 2
     time_pairs, row_pairs, column_pairs = axis_pairs(head_dim)
@@ -94,13 +96,9 @@ def places(chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memo
     own_angle = (own.double()[..., None] * rate).repeat_interleave(grid[0] * grid[1], dim=1)[:, :, None]
     slot_angle = (slots[..., None] * rate)[:, :, None, None]
     both = torch.cat([own_angle, spatial.expand(chunks, -1, -1, -1)], dim=-1)
-    return Places(
-        query=rotation(both, 0, pairs),
-        page=rotation(spatial, time_pairs, pairs),
-        own=rotation(own_angle, 0, pairs),
-        context=rotation(slot_angle, 0, pairs),
-        slow=slow,
-    )
+    angles = (both, 0), (spatial, time_pairs), (own_angle, 0), (slot_angle, 0)
+    turned = (rotation(angle, first, pairs) for angle, first in angles)
+    return Places(*((cosine.to(device), sine.to(device)) for cosine, sine in turned), slow=slow)
 
 
 def page_table(key_mean: Tensor, memory: MemoryConfig, slow: int) -> tuple[Tensor, Tensor]:
@@ -110,18 +108,19 @@ def page_table(key_mean: Tensor, memory: MemoryConfig, slow: int) -> tuple[Tenso
     -> pages (B, chunks, slots) as frame numbers 0 .. B * chunks * chunk_frames - 1, valid (B, chunks, slots) bool
     """
     B, C, _ = key_mean.shape
-    c = memory.chunk_frames
-    chunk = torch.arange(C)
+    c, device = memory.chunk_frames, key_mean.device
+    chunk = torch.arange(C, device=device)
     similarity = F.cosine_similarity(key_mean[:, 1:].double(), key_mean[:, :-1].double(), dim=-1)
     marked = torch.cat([similarity.new_zeros(B, 1, dtype=torch.bool), similarity < memory.threshold], dim=1)
     joined = (marked & (chunk % 2 == 1))[:, None] & (chunk <= chunk[:, None] - 2)  # (B, seeing chunk, seen chunk)
     rank = joined.flip(-1).cumsum(-1).flip(-1) - 1  # 0 = newest
     place = torch.where(joined & (rank < slow), rank, slow)
-    newest = torch.full((B, C, slow + 1), -1).scatter(-1, place, (c * chunk).expand(B, C, C))[..., :slow]
-    sink = torch.where(chunk[:, None] >= 1, torch.arange(memory.sink), -1).expand(B, -1, -1)
-    fast = torch.where(chunk[:, None] >= 2, c * (chunk[:, None] - 1) + torch.arange(c), -1).expand(B, -1, -1)
+    newest = torch.full((B, C, slow + 1), -1, device=device).scatter(-1, place, (c * chunk).expand(B, C, C))[..., :slow]
+    sink = torch.where(chunk[:, None] >= 1, torch.arange(memory.sink, device=device), -1).expand(B, -1, -1)
+    before = c * (chunk[:, None] - 1) + torch.arange(c, device=device)
+    fast = torch.where(chunk[:, None] >= 2, before, -1).expand(B, -1, -1)
     pages = torch.cat([sink, fast, newest], dim=-1)
-    return pages.clamp(min=0) + (C * c * torch.arange(B))[:, None, None], pages >= 0
+    return pages.clamp(min=0) + (C * c * torch.arange(B, device=device))[:, None, None], pages >= 0
 
 
 def _recall(keys: Tensor, values: Tensor, mean: Tensor, where: Places, memory: MemoryConfig) -> Pages:
@@ -157,15 +156,38 @@ def _attend(
         part.permute(1, 2, 4, 0, 3, 5).flatten(0, 1)  # (B C, heads, streams, T, head_dim)
         for part in (turn(keys, where.own), values, query)
     )
-    far = (own_q.flatten(2, 3) @ pages.keys.transpose(-1, -2)).masked_fill(pages.hidden, -math.inf)
-    near = (own_q @ own_k.transpose(-1, -2)).flatten(2, 3)
-    scale = attention.head_dim**-0.5
-    weight = torch.softmax(torch.cat([far, near], dim=-1) * scale, dim=-1).to(own_v.dtype)
+    fused = watch is None and normed.device.type != "cpu"
+    out = fused_attention(own_q, own_k, own_v, pages) if fused else plain_attention(own_q, own_k, own_v, pages, watch)
+    return attention.o(out.permute(2, 0, 3, 1, 4).reshape(streams, B, C, T, dim))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, pages: Pages, watch: Watch | None = None) -> Tensor:
+    """Streams (B C, heads, streams, T, head_dim) over pages and themselves; scores of all streams in one product."""
+    streams, T, head_dim = q.shape[2:]
+    far = (q.flatten(2, 3) @ pages.keys.transpose(-1, -2)).masked_fill(pages.hidden, -math.inf)
+    near = (q @ k.transpose(-1, -2)).flatten(2, 3)
+    weight = torch.softmax(torch.cat([far, near], dim=-1) * head_dim**-0.5, dim=-1).to(v.dtype)
     far, near = weight.split([far.shape[-1], T], dim=-1)
     if watch is not None:
         watch(far.unflatten(2, (streams, T)), pages)
-    out = (far @ pages.values).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ own_v
-    return attention.o(out.permute(2, 0, 3, 1, 4).reshape(streams, B, C, T, dim))
+    return (far @ pages.values).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ v
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, pages: Pages) -> Tensor:
+    """The same in one call that keeps no scores, which a GPU has no room for at the size of Wan."""
+    n, heads, streams, T, head_dim = q.shape
+
+    def apart(own: Tensor) -> Tensor:
+        return own.transpose(1, 2).flatten(0, 1)  # (B C streams, heads, T, head_dim)
+
+    def joined(far: Tensor, own: Tensor) -> Tensor:
+        far = far[:, None].expand(-1, streams, -1, -1, -1).flatten(0, 1)
+        return torch.cat([far.to(own.dtype), apart(own)], dim=2)
+
+    seen = F.pad(~pages.hidden, (0, T), value=True)  # (B C, 1, 1, L + T)
+    seen = seen[:, None].expand(-1, streams, -1, -1, -1).flatten(0, 1)
+    out = F.scaled_dot_product_attention(apart(q), joined(pages.keys, k), joined(pages.values, v), attn_mask=seen)
+    return out.unflatten(0, (n, streams)).transpose(1, 2)
 
 
 def _cross(block: Block, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
@@ -191,7 +213,8 @@ def _rms(norm: RMSNorm, x: Tensor) -> Tensor:
 def timestep_features(timestep: Tensor, width: int) -> Tensor:
     """(...,) -> (..., width) float32: [cos | sin] of timestep * 10000^(-i / (width / 2)), angles in float64."""
     half = width // 2
-    angle = timestep.double()[..., None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    rate = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = timestep.double()[..., None] * rate
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
@@ -221,18 +244,18 @@ def _normed(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def remember(model: CausalDiT, memory: MemoryConfig, clean: Tensor, text: Tensor) -> Context:
     """Run the clean stream, (B, C, c, channels, h, w) with text (B, C, n, text_dim): what noisy chunks attend to."""
-    config = model.config
+    config, device = model.config, clean.device
     B, C = clean.shape[:2]
     grid = (clean.shape[-2] // config.patch[1], clean.shape[-1] // config.patch[2])
-    where = places(C, grid, config.head_dim, config.theta, memory)
+    where = places(C, grid, config.head_dim, config.theta, memory, device)
     n = text.shape[2]
-    bias = torch.zeros(n + (n < config.text_len))
+    bias = torch.zeros(n + (n < config.text_len), device=device)
     if n < config.text_len:
         text = F.pad(text, (0, 0, 0, 1))
         bias[-1] = math.log(config.text_len - n)
     context = Context([], model.text_embedding(text), bias, where)
     x = _patches(model, clean[None])
-    six, _ = _modulation(model, torch.zeros(1, B, C))
+    six, _ = _modulation(model, torch.zeros(1, B, C, device=device))
     for number, block in enumerate(model.blocks):
         m = (block.modulation[0][:, None, None, None, None] + six).to(x.dtype)
         normed = _normed(x, m[0], m[1], config.eps)

@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig
-from cfengine.training.data import COLUMNS, VIEW, Batch, Strips, draw_batch
+from cfengine.training.data import COLUMNS, VIEW, Batch, Source
 from cfengine.training.diffusion import COPIES, corrupt, draw_sigmas, made_of, sampler_sigmas, spread
 from cfengine.training.forward import Pages, flow_from, remember
 from cfengine.training.parallel import draws, rank
+from cfengine.training.place import device_of, mixed
+from cfengine.training.settings import Descent
 from cfengine.training.state import Progress, World
 
 BLOCKS, HEADS = (2, 3, 4), 3  # where attention is taught: the first heads of these blocks
 HIGH = (1.0, 0.94, 0.88, 0.8)  # noise levels of one of the copies: what is new is decided there
+WARM = 60  # steps until the learning rate is full
 STEADY = 0.7  # share of the steps at the full learning rate; it then falls to zero
 EARLY_LENGTHS = {(16, 1): 1.0}  # chunks of a session, sessions in a batch of one process: share while steady
 LATE_LENGTHS = {(4, 4): 0.1, (8, 2): 0.25, (16, 1): 0.4, (28, 1): 0.25}
@@ -56,7 +59,7 @@ class Lookup(NamedTuple):
         own = self.columns.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1)  # (B C, T)
         shown = self.columns.reshape(-1, width)[pages.ids.flatten(0, 1)]  # (B C, slots, VIEW)
         shown = shown[:, :, None].expand(-1, -1, self.rows, -1).flatten(1)  # (B C, L)
-        row = torch.arange(self.rows)[:, None].expand(-1, width).flatten()
+        row = torch.arange(self.rows, device=weight.device)[:, None].expand(-1, width).flatten()
         same = (own[..., None] == shown[:, None]) & (row.repeat(c)[:, None] == row.repeat(pages.ids.shape[2]))
         same &= ~pages.hidden.reshape(count, 1, -1)
         taught = self.returning.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1) * same.any(-1)
@@ -70,8 +73,8 @@ def seen_columns(yaws: Tensor) -> tuple[Tensor, Tensor]:
 
     yaws: (B, C, c) in columns      -> (B, C, c, VIEW) twice
     """
-    columns = (yaws[..., None] + torch.arange(VIEW)) % COLUMNS
-    shown = torch.zeros(*yaws.shape[:2], COLUMNS).scatter_(-1, columns.flatten(2), 1.0)
+    columns = (yaws[..., None] + torch.arange(VIEW, device=yaws.device)) % COLUMNS
+    shown = torch.zeros(*yaws.shape[:2], COLUMNS, device=yaws.device).scatter_(-1, columns.flatten(2), 1.0)
     before = shown.roll(1, 1)
     before[:, 0] = 0
     ever = before.cumsum(1).clamp(max=1)
@@ -96,14 +99,16 @@ def lookup_step(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Losses of one step (flow, attention), and x0 (B, C, ...) as `training_step`; late: 0 while steady, then 1."""
     B, C = batch.latents.shape[:2]
+    device = batch.latents.device
     sigma = draw_sigmas((COPIES, B, C), sampler_sigmas(), draw)
     sigma[0] = torch.from_numpy(draw.choice(HIGH, size=(B, C))).float()
-    noise = torch.randn(COPIES, *batch.latents.shape)
+    sigma = sigma.to(device)
+    noise = torch.randn(COPIES, *batch.latents.shape, device=device)
     noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
     columns, returning = seen_columns(batch.yaws)
     teaching = Teaching(Lookup(columns, returning, config.grid[0]))
-    with torch.autocast("cpu", torch.bfloat16):
-        seen = remember(world.dit, config.memory, context, world.table[batch.concepts])
+    with mixed(device):
+        seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
         guess = flow_from(world.dit, seen, noisy, 1000 * sigma, teaching)
     weight = 1 + MORE[late] * returning[:, :, :, None, None]
     flow = ((guess - (noise - batch.latents)).square() * weight).mean()
@@ -114,7 +119,7 @@ def train_lookup(
     out: Path,
     teacher: World,
     config: EngineConfig,
-    strips: Strips,
+    source: Source,
     seed: int,
     steps: int,
     report: Callable[[str, dict], None],
@@ -122,22 +127,23 @@ def train_lookup(
     peak: float = 1e-3,
 ) -> None:
     """Go on with `teacher` for `steps` steps, from `out` where it exists, and leave the state there."""
-    progress = Progress(teacher.requires_grad_(True), decay=0.99)
+    progress = Progress(teacher.requires_grad_(True), Descent(steps, peak, warm=WARM, decay=0.99))
     progress.resume(out)
+    device = device_of(teacher)
     means: dict[str, float] = {}
     while progress.step < steps:
         late = int(progress.step >= STEADY * steps)
         common, draw = draws(seed, progress.step)
         lengths = LATE_LENGTHS if late else EARLY_LENGTHS
         chunks, size = list(lengths)[common.choice(len(lengths), p=list(lengths.values()))]
-        batch = draw_batch(strips, size, chunks, draw, shuttles=SHUTTLES[late])
+        batch = source.draw(size, chunks, draw, shuttles=SHUTTLES[late]).on(device)
         made = None
         for _ in range(USES[late]):
             context = corrupt(batch.latents, made, draw)
             losses, made = lookup_step(progress.world, config, batch, context, draw, late)
             (losses["flow"] + WEIGHTS[late] * losses["attention"]).backward()
             left = (steps - progress.step) / max(1.0, (1 - STEADY) * steps)
-            progress.advance(peak * min(1.0, (progress.step + 1) / 60, left))
+            progress.advance(peak * min(1.0, (progress.step + 1) / WARM, left))
             means |= {name: 0.98 * means.get(name, new.item()) + 0.02 * new.item() for name, new in losses.items()}
             if rank() == 0 and progress.step % 20 == 0:
                 report("lookup", {"step": progress.step, "of": steps, **means})

@@ -14,6 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from cfengine.training.settings import Descent
+
+WEIGHT_DECAY = 0.01  # of matrices
+
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Map every singular value of (n, rows, columns) close to 1 by a quintic Newton-Schulz iteration, in bfloat16."""
@@ -61,16 +65,23 @@ class Muon(torch.optim.Optimizer):
 class Both:
     """Muon for the matrices inside a network, AdamW for everything else, one learning rate."""
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], weight_decay: float = 0.01) -> None:
-        self.parts = (
-            Muon(matrices, lr=0.0, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
-        )
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        *,
+        betas: tuple[float, float] = (0.9, 0.98),
+        clip: float = 1.0,
+    ) -> None:
+        """matrices: may be none      betas: of AdamW      clip: norm of the gradient of all"""
+        muon = [Muon(matrices, lr=0.0, weight_decay=WEIGHT_DECAY)] if matrices else []
+        self.parts = (*muon, torch.optim.AdamW(others, lr=0.0, betas=betas, weight_decay=0.0))
+        self.clip = clip
 
-    def step(self, lr: float, clip: float = 1.0) -> None:
+    def step(self, lr: float) -> None:
         """Clip gradients, update with `lr`, forget the gradients."""
         parameters = [p for part in self.parts for group in part.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
@@ -85,7 +96,7 @@ class Both:
             part.load_state_dict(state)
 
 
-def schedule(step: int, steps: int, peak: float, warm: int) -> float:
-    """Linear warm-up over `warm` steps, then a cosine to 2 % of the peak."""
-    fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-    return peak * min(1.0, (step + 1) / warm) * fall
+def schedule(step: int, of: Descent) -> float:
+    """Learning rate: a linear warm-up, times a cosine from the peak to 2 % of it (or times the peak alone)."""
+    fall = 1.0 if of.constant else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / of.steps)))
+    return of.peak * min(1.0, (step + 1) / of.warm) * fall

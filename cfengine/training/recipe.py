@@ -1,83 +1,204 @@
-"""The recipe of the shipped model: codec, strips of latents, diffusion, distillation, weights."""
+"""The recipe: codec, strips of latents, flow matching and lookup make the teacher; distillation makes the student."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
-import sys
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from cfengine.config import EngineConfig, preset
-from cfengine.errors import OutputError
+from cfengine.config import EngineConfig
+from cfengine.errors import ConfigError, OutputError
 from cfengine.model.text_tiny import TinyTextEncoder
+from cfengine.model.weights import load_dit
+from cfengine.training.clips import Clips
 from cfengine.training.codec import refine_decoder, train_codec
-from cfengine.training.data import build_strips
+from cfengine.training.curves import Log
+from cfengine.training.data import Source, build_strips
 from cfengine.training.diffusion import early_state, train_diffusion
 from cfengine.training.distil import train_distil
-from cfengine.training.parallel import in_processes
+from cfengine.training.lookup import train_lookup
+from cfengine.training.parallel import in_processes, own_device, rank, wait
+from cfengine.training.settings import Settings
 from cfengine.training.state import World
 
-Report = Callable[[str, dict], None]
+TEACHER = ("preset", "model", "memory", "data", "codec", "teacher", "lookup")  # settings that make one
+STUDENT = ("preset", "model", "memory", "student")
 
 
-STUDENTS = (4, 6)  # what the seeds of the students add, whose mean is shipped
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A folder, what is trained there, and on what."""
+
+    out: Path
+    settings: Settings
+    seed: int = 0
+    processes: int = 1
+    device: str = "cpu"
+
+    @property
+    def log(self) -> Log:
+        return Log(self.out / "log.jsonl")
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.settings.config
 
 
-class Log:
-    """One line a report on standard error, and the same as JSON lines in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.begun = path, time.monotonic()
-
-    def __call__(self, stage: str, values: dict) -> None:
-        seconds = time.monotonic() - self.begun
-        words = " ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        sys.stderr.write(f"{seconds:8.1f} s  {stage:7s} {words}\n")
-        sys.stderr.flush()
-        with self.path.open("a") as file:
-            file.write(json.dumps({"seconds": round(seconds, 1), "stage": stage, **values}) + "\n")
+def new_world(config: EngineConfig) -> World:
+    """A world with random weights, for the sizes and the prompts of a configuration."""
+    return World(config.model) if config.text == "tiny_world" else World(config.model, words=0)
 
 
-class Effort(NamedTuple):
-    """How much of everything.
-
-    The shipped weights took these amounts from seed 0, on two cores that had other work too: 76 minutes to the teacher,
-    then, from its weights in float16, 20 and 17 minutes for the students. (The teacher's early self, at step 720 of
-    3000, was trained again for them, in 10.)
-    """
-
-    codec_steps: int = 2400
-    decoder_steps: int = 1000
-    scenes: int = 3000
-    dit_steps: int = 3000
-    distil_steps: int = 360  # of each student
+def steps_of(state: Path) -> int:
+    """Steps that a stage has made; 0 where it has not begun."""
+    return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["step"]) if state.exists() else 0
 
 
 def averaged(state: Path, config: EngineConfig) -> tuple[World, int]:
     """Load the averaged network of a stage and its step."""
-    kept = torch.load(state, weights_only=True, mmap=True)
-    world = World(config.model)
+    if not state.exists():
+        raise ConfigError(f"there is no training state {state}; train the stage that makes it first")
+    kept = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+    world = new_world(config)
     world.load_state_dict(kept["average"])
     return world.requires_grad_(False), int(kept["step"])
 
 
-def write_weights(world: World, folder: Path) -> None:
-    """Write dit.safetensors and text.safetensors in float16 into an existing folder."""
-    tensors = {name: tensor.half().contiguous() for name, tensor in world.dit.state_dict().items()}
-    save_file(tensors, folder / "dit.safetensors", metadata={"format": "cfengine tiny-world dit"})
-    TinyTextEncoder(world.table.detach()).save(folder / "text.safetensors")
+def changed(known: dict, asked: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, old and new value of what two nested tables both have and say differently."""
+    for name in (name for name in asked if name in known and known[name] != asked[name]):
+        if isinstance(known[name], dict) and isinstance(asked[name], dict) and known[name]:
+            yield from changed(known[name], asked[name], f"{prefix}{name}.")
+        else:
+            yield prefix + name, known[name], asked[name]
 
 
-def _diffusion(out: Path, config: EngineConfig, effort: Effort, seed: int, report: Report) -> None:
+def begin(run: Run, parts: tuple[str, ...]) -> None:
+    """Make the folder, and write beside its states what they are made of.
+
+    ConfigError where the folder was begun with something else, OutputError where it cannot be written.
+    """
+    path = run.out / "settings.json"
+    asked = {"seed": run.seed, **{name: dataclasses.asdict(run.settings)[name] for name in parts}}
+    asked = json.loads(json.dumps(asked))  # tuples as lists, as they are read
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        for name, before, now in changed(known, asked):
+            raise ConfigError(
+                f"{run.out} was begun with {name} {before} and is now asked for {now}; "
+                "choose another --out, or give what it was begun with"
+            )
+        if rank() == 0:
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(known | asked, indent=1) + "\n")
+            os.replace(part, path)
+    except (OSError, json.JSONDecodeError) as problem:
+        raise OutputError(f"training folder {run.out} cannot be used ({problem}); choose another --out") from problem
+
+
+def source_of(run: Run, teacher: Path) -> Source:
+    """Batches as settings say; `teacher`: the folder with the strips."""
+    data = run.settings.data
+    if data.source == "clips":
+        return Clips(data.folder, run.config)
+    return build_strips(None, data.scenes, run.seed + 2, teacher / "strips.safetensors")
+
+
+def _world_files(run: Run, log: Log) -> None:
+    """Codec, its refined decoder, and strips of latents: one process makes them."""
+    codec = train_codec(run.out / "codec.safetensors", run.seed, run.settings.codec.steps, log)
+    build_strips(codec, run.settings.data.scenes, run.seed + 2, run.out / "strips.safetensors")
+    refine_decoder(codec, run.out / "refined.safetensors", run.seed + 5, run.settings.codec.decoder_steps, log)
+
+
+def _stage(run: Run, state: Path, steps: int, work: Callable[..., None], *arguments) -> None:
+    """Run `work` in all processes, unless its state has made all its steps; then draw the curves."""
+    if steps_of(state) < steps:
+        in_processes(run.processes, run.device, work, run, state, *arguments)
+        wait()
+    if rank() == 0:
+        run.log.draw()
+
+
+def _flow_matching(run: Run, state: Path) -> None:
     """The diffusion stage of one process."""
-    strips = build_strips(None, effort.scenes, seed + 2, out / "strips.safetensors")
-    train_diffusion(out / "dit.state", config, strips, seed + 3, effort.dit_steps, report)
+    settings = run.settings.teacher
+    torch.manual_seed(run.seed + 3)
+    world = new_world(run.config)
+    if settings.start and not state.exists():
+        world.dit.load_state_dict(load_dit(settings.start, run.config.model))
+    with run.log as log:
+        source = source_of(run, run.out)
+        train_diffusion(state, world.to(own_device(run.device)), run.config, source, run.seed + 3, settings, log)
+
+
+def _lookup(run: Run, state: Path) -> None:
+    """The lookup stage of one process."""
+    teacher = averaged(run.out / "dit.state", run.config)[0].to(own_device(run.device))
+    with run.log as log:
+        steps = run.settings.lookup.steps
+        train_lookup(state, teacher, run.config, source_of(run, run.out), run.seed + 4, steps, log)
+
+
+def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
+    """The distillation of one student, in one process."""
+    settings, device = run.settings.student, own_device(run.device)
+    begun = averaged(teacher_state(teacher, run.settings), run.config)[0].to(device)
+    early = None
+    if settings.guide == "early":
+        early = averaged(early_state(teacher / "dit.state"), run.config)[0].to(device)
+    with run.log as log:
+        train_distil(state, begun, early, run.config, source_of(run, teacher), run.seed + own, settings, log)
+
+
+def teacher_state(folder: Path, settings: Settings) -> Path:
+    """The last state of a teacher."""
+    return folder / ("lookup.state" if settings.lookup.steps else "dit.state")
+
+
+def train_teacher(run: Run) -> Path:
+    """Every stage of the teacher that is not finished; the state of the last one."""
+    begin(run, TEACHER)
+    settings = run.settings.teacher
+    for length in settings.lengths:
+        settings.check_batch("teacher", length.sessions, run.processes)
+    if run.settings.data.source == "clips":
+        source_of(run, run.out)  # what is wrong with them is said before processes start
+    if run.settings.data.source == "world" and rank() == 0:
+        with run.log as log:
+            _world_files(run, log)
+    wait()
+    _stage(run, run.out / "dit.state", run.settings.teacher.steps, _flow_matching)
+    if run.settings.lookup.steps:
+        _stage(run, run.out / "lookup.state", run.settings.lookup.steps, _lookup)
+    return teacher_state(run.out, run.settings)
+
+
+def train_student(run: Run, teacher: Path | None = None) -> Path:
+    """Distil the teacher of a folder (default: of this one); the folder of weights that an engine opens."""
+    begin(run, STUDENT)
+    teacher, settings = teacher or run.out, run.settings.student
+    missing = teacher_state(teacher, run.settings)
+    if not missing.exists():
+        raise ConfigError(f"the teacher {missing} does not exist; train it first, or name its folder (--teacher)")
+    for chunks in (*settings.short, *settings.long):
+        settings.check_batch("student", settings.sessions(chunks), run.processes)
+    for own in settings.seeds:
+        _stage(run, run.out / f"student{own}.state", settings.steps, _distillation, teacher, own)
+    weights = run.out / "weights"
+    if rank() == 0:
+        students = [averaged(run.out / f"student{own}.state", run.config)[0] for own in settings.seeds]
+        write_weights(mean_of(students), weights, run.config, teacher / "refined.safetensors")
+    wait()
+    return weights
 
 
 def mean_of(worlds: list[World]) -> World:
@@ -91,39 +212,20 @@ def mean_of(worlds: list[World]) -> World:
     return mean
 
 
-def _distillation(
-    out: Path, name: str, steps: int, own: int, config: EngineConfig, effort: Effort, seed: int, report: Report
-) -> None:
-    """The distillation of one student, in one process."""
-    strips = build_strips(None, effort.scenes, seed + 2, out / "strips.safetensors")
-    state = out / "dit.state"
-    (teacher, _), (early, _) = averaged(state, config), averaged(early_state(state), config)
-    train_distil(out / name, teacher, early, config, strips, seed + own, steps, report)
+def write_weights(world: World, folder: Path, config: EngineConfig, codec: Path | None = None) -> None:
+    """Write what `Engine.from_pretrained(folder)` opens, in float16.
 
-
-def train(
-    out: Path, seed: int, effort: Effort, report: Report, *, processes: int = 2, config: EngineConfig | None = None
-) -> Path:
-    """Run every stage that is not finished in `out`, and return the folder with the weights.
-
-    States and logs lie in `out`, the weights in `out`/weights, laid out as the package ships them.
+    Of a small world: dit, text and `codec` (copied, where it exists) as .safetensors, and sizes and memory rule as
+    model.json. Of another model: model.pt, which opens with the codec and the text encoder of Context Forcing.
     """
-    weights = out / "weights"
-    try:
-        weights.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise OutputError(f"training folder {out} cannot be made ({problem}); choose another --out") from problem
-    config = config or preset("tiny-world")
-    codec = train_codec(out / "codec.safetensors", seed, effort.codec_steps, report)
-    report("strips", {"scenes": effort.scenes})
-    build_strips(codec, effort.scenes, seed + 2, out / "strips.safetensors")
-    refined = refine_decoder(codec, out / "refined.safetensors", seed + 5, effort.decoder_steps, report)
-    refined.save(weights / "codec.safetensors")
-    in_processes(processes, _diffusion, out, config, effort, seed, report)
-    students = []
-    for own in STUDENTS if effort.distil_steps else ():
-        name = f"student{own}.state"
-        in_processes(processes, _distillation, out, name, effort.distil_steps, own, config, effort, seed, report)
-        students.append(averaged(out / name, config)[0])
-    write_weights(mean_of(students) if students else averaged(out / "dit.state", config)[0], weights)
-    return weights
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.half().contiguous() for name, tensor in world.dit.state_dict().items()}
+    parts = {"model": dataclasses.asdict(config.model), "memory": dataclasses.asdict(config.memory)}
+    if config.text == "tiny_world":
+        save_file(tensors, folder / "dit.safetensors", metadata={"format": "cfengine tiny-world dit"})
+        TinyTextEncoder(world.table.detach()).save(folder / "text.safetensors")
+        if codec is not None and codec.exists():
+            (folder / "codec.safetensors").write_bytes(codec.read_bytes())
+        (folder / "model.json").write_text(json.dumps(parts, indent=1) + "\n")
+    else:
+        torch.save(tensors, folder / "model.pt")

@@ -41,7 +41,9 @@ def test_every_row_of_the_table(tmp_path, monkeypatch, capsys):
     assert "paged_attention_21_slots_bf16_reference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("op", ["slow_fast_update", "slow_fast_paper_update", "window_update"])
+@pytest.mark.parametrize(
+    "op", ["slow_fast_update", "slow_fast_paper_update", "slow_fast_diverse_update", "window_update"]
+)
 def test_rules_are_checked_in_a_memory_that_has_filled(op):
     """A rule that forgets one page is found; what is compared holds the table and the integers beside it."""
     maker = Maker(SIZES["toy"], "cpu", "fp32")

@@ -27,7 +27,7 @@ SIGNALLED = textwrap.dedent("""
             print("begun", flush=True)
             yield from super().stream(*arguments, **options)
 
-    cli_generate.load = lambda request: Loud(delay=float(sys.argv[2]))
+    cli_generate.load = lambda request, progress: Loud(delay=float(sys.argv[2]))
     app(["generate", "hills", "--seconds", sys.argv[3]])
 """)
 
@@ -72,7 +72,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, engine=None):
-        def load(request):
+        def load(request, progress):
             assert engine is not None, "the model was loaded"
             if isinstance(engine, BaseException):
                 raise engine

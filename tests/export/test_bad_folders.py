@@ -12,7 +12,7 @@ from cfengine.segments.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.cpu
-COMMAND = "cfengine export onnx --model small --precision fp32 --out"
+COMMAND = "cfengine export onnx --model small --precision fp32 --size 48x32 --sessions open --out"
 
 
 def test_a_folder_without_a_manifest(copied):
@@ -24,16 +24,18 @@ def test_a_folder_without_a_manifest(copied):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(version=2), "has version 2 and this cfengine reads version 1; update cfengine"),
-        (lambda d: d.update(version=0), "has version 0 .* export again"),
+        (lambda d: d.update(version=3), "has version 3 and this cfengine reads version 2; update cfengine"),
+        (lambda d: d.update(version=1), "has version 1 .* export again"),
         (lambda d: d.update(format="other"), "has format 'other' and not 'cfengine-export'"),
         (lambda d: d.pop("graphs"), "is damaged .*'graphs'"),
-        (lambda d: d["model"]["config"].update(dim=-1), "dim is -1"),
+        (lambda d: d["model"]["config"].update(dim=-1), "is damaged .*dim is -1"),
+        (lambda d: d["files"].pop("middle.01.safetensors"), "is damaged .*'middle.01.safetensors'"),
+        (lambda d: d.update(precision="int4"), "is damaged .*'int4'"),
     ],
 )
 def test_a_manifest_of_another_kind(copied, edit_manifest, change, words):
     edit_manifest(copied, change)
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(ExportError, match=words):
         Manifest.load(copied)
 
 
@@ -107,7 +109,8 @@ def test_weights_of_another_model(copied, small):
 
 def test_sizes_of_another_video(copied, small, small_model):
     wide = dataclasses.replace(small, video=dataclasses.replace(small.video, width=64))
-    with pytest.raises(ExportError, match=r"latent rows and columns \(4, 6\) and 'small' has \(4, 8\); run"):
+    words = r"latent rows and columns \(4, 6\) and 'small' has \(4, 8\); run .*--size 64x32"
+    with pytest.raises(ExportError, match=words):
         open_folder(wide, small_model, copied)
 
 
@@ -115,7 +118,7 @@ def test_another_precision(copied, small, small_model, edit_manifest):
     """The command changes the precision, and not the name of a folder that happens to hold it."""
     folder = copied.rename(copied.parent / "made-in-fp16")
     edit_manifest(folder, lambda d: d.update(precision="fp16"))
-    words = f"is in fp16 and the model runs in fp32; .*--precision fp32 --out {folder}$"
+    words = f"is in fp16 and the model runs in fp32; an engine has no fp16, .*--precision fp32 --size .*{folder}$"
     with pytest.raises(ExportError, match=words):
         open_folder(small, small_model, folder)
 

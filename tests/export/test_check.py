@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfengine.export.check import check
+from cfengine.errors import ExportError
+from cfengine.export.check import check, relative
 from cfengine.export.folder import export
 from cfengine.segments.manifest import Manifest
 
@@ -54,3 +56,26 @@ def test_a_wrong_weight_of_one_layer_is_seen(copied, rehashed, small, small_mode
     failed = [row.what for row in check(Manifest.load(copied), small, small_model) if not row.passed]
     assert f"middle {layer}" in failed and f"middle {1 - layer}" not in failed
     assert "chunk: x0" in failed
+
+
+def test_sessions_of_a_fixed_number_are_checked_too(small, small_model, tmp_path) -> None:
+    manifest = export(small, small_model, tmp_path / "two", sessions=2)
+    rows = check(manifest, small, small_model)
+    assert all(row.passed for row in rows), rows
+    assert "--sessions 2" in manifest.command
+
+
+def test_a_decoder_of_other_weights_is_named(whole, small, small_model) -> None:
+    from cfengine.codec.tiny_world import TinyWorldCodec
+
+    torch.manual_seed(7)
+    with pytest.raises(ExportError, match=r"decodes with tiny_world of hash \w+, and 'small' with tiny_world of hash"):
+        check(whole, small, small_model, TinyWorldCodec())
+    other = dataclasses.replace(small, codec="taehv")
+    with pytest.raises(ExportError, match=r"decodes with tiny_world of hash \w+, and 'small' with taehv; check it"):
+        check(whole, other, small_model, TinyWorldCodec())
+
+
+def test_an_error_is_of_equal_shapes() -> None:
+    row = torch.ones(1, 4)
+    assert relative(row, row) == 0 and relative(row, row.expand(3, 4)) == float("inf")

@@ -1,13 +1,14 @@
 """What a folder holds: standard operators, weights by name, one graph for equal layers."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfengine.errors import ConfigError, ExportError, OutputError
-from cfengine.export.folder import export, replaced
+from cfengine.errors import ConfigError, ExportError
+from cfengine.export.folder import export
 from cfengine.export.graphs import DOMAINS, OPSET, check_domains, trace, with_weights
 from cfengine.export.parts import Part, Port, dit_parts
 from cfengine.segments.manifest import NAME, Manifest
@@ -113,26 +114,12 @@ def test_options_that_cannot_be(small, small_model, tmp_path):
     rounded = dataclasses.replace(small, precision=PRECISIONS["fp8"])
     with pytest.raises(ConfigError, match="load it with precision 'bf16'"):
         export(rounded, small_model, tmp_path / "out")
+    for sessions in (0, "open"):
+        with pytest.raises(ConfigError, match=f"sessions is {sessions!r}; give a number from 1"):
+            export(small, small_model, tmp_path / "out", sessions=sessions)
+    with pytest.raises(ConfigError, match="no graph 'encoder' to export; choose among first, middle, last"):
+        export(small, small_model, tmp_path / "out", graphs=("encoder",))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "out"
-    with replaced(out) as folder:
-        (folder / NAME).write_text("{}")
-    assert [path.name for path in out.iterdir()] == [NAME]
-    with pytest.raises(KeyboardInterrupt), replaced(out) as folder:
-        (folder / "half").write_text("written")
-        raise KeyboardInterrupt
-    assert [path.name for path in out.iterdir()] == [NAME]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # and nothing is left beside it
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is no export; choose a new folder"), replaced(tmp_path):
-        raise AssertionError("not reached")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_the_manifest_says_what_it_was_made_of(whole, small):
@@ -140,3 +127,23 @@ def test_the_manifest_says_what_it_was_made_of(whole, small):
     assert about["model"]["config"]["dim"] == small.model.dim and about["made_with"]["torch"] == torch.__version__
     assert set(about["files"]) == {path.name for path in whole.folder.iterdir()} - {NAME}
     assert Manifest.load(whole.folder) == whole
+
+
+def test_a_graph_says_what_it_is_without_its_folder(whole):
+    for name, graph in whole.graphs.items():
+        proto = onnx.load(whole.folder / graph.file, load_external_data=False)
+        told = {entry.key: entry.value for entry in proto.metadata_props}
+        assert told["cfengine.role"] == name and told["cfengine.precision"] == "fp32"
+        weights = whole.codec_hash if name == "decoder" else whole.model_hash
+        assert told["cfengine.weights_hash"] == weights
+        shapes = {operand.name: list(operand.shape) for operand in (*graph.inputs, *graph.outputs)}
+        assert json.loads(told["cfengine.shapes"]) == shapes
+
+
+def test_the_command_makes_the_same_folder_again(whole):
+    command = "cfengine export onnx --model small --precision fp32 --size 48x32 --sessions open --out"
+    assert whole.command == f"{command} {whole.folder}"
+    assert dataclasses.replace(whole, codec="taehv", codec_source="a b.safetensors", sessions=3).command_in("bf16") == (
+        f"cfengine export onnx --model small --precision bf16 --size 48x32 --sessions 3 --taehv 'a b.safetensors' "
+        f"--out {whole.folder}"
+    )

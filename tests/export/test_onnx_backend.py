@@ -63,7 +63,7 @@ def test_sessions_in_lock_step() -> None:
     [
         ({"backend": "onnx"}, "unknown backend 'onnx'"),
         ({"backend": "onnxruntime", "dtype": "bfloat16"}, "runs in float32"),
-        ({"backend": "torch", "exported": "somewhere"}, "reads no export"),
+        ({"backend": "torch", "exported": "somewhere"}, "reads no export, .* choose 'onnxruntime' or 'tensorrt'"),
         ({"backend": "tensorrt"}, "runs on a GPU"),
     ],
 )

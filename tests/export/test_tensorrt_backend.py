@@ -37,11 +37,11 @@ class Clock:
 
 def test_the_fastest_is_taken_and_remembered(tmp_path):
     kept, clock = tmp_path / "cache" / "backends.json", Clock(torch=2.0, tensorrt=1.0)
-    assert [fastest(clock.measures(), kept, "gpu a") for _ in range(2)] == ["tensorrt", "tensorrt"]
+    assert [fastest(clock.measures(), kept, lambda: "gpu a") for _ in range(2)] == ["tensorrt", "tensorrt"]
     assert clock.asked == ["torch", "tensorrt"]
     clock.seconds["torch"] = 0.5
-    assert fastest(clock.measures(), kept, "gpu b") == "torch"  # another GPU is measured anew
-    assert fastest(clock.measures(), kept, "gpu a") == "tensorrt"
+    assert fastest(clock.measures(), kept, lambda: "gpu b") == "torch"  # another GPU is measured anew
+    assert fastest(clock.measures(), kept, lambda: "gpu a") == "tensorrt"
     assert json.loads(kept.read_text())["gpu b"] == {"torch": 0.5, "tensorrt": 1.0}
 
 
@@ -50,24 +50,24 @@ def test_a_backend_that_cannot_run_is_out(tmp_path):
     for _ in range(2):  # it is said and tried again at every start
         clock = Clock(tensorrt=ExportError("a damaged plan"), torch=2.0)
         with pytest.warns(UserWarning, match="'tensorrt' is out of the choice: a damaged plan"):
-            assert fastest(clock.measures(), kept, "a") == "torch"
+            assert fastest(clock.measures(), kept, lambda: "a") == "torch"
         assert clock.asked == ["tensorrt", "torch"] and not kept.exists()
     with pytest.raises(ConfigError, match="nor this"):
-        fastest(Clock(tensorrt=ExportError("not that"), torch=ConfigError("nor this")).measures(), kept, "b")
+        fastest(Clock(tensorrt=ExportError("not that"), torch=ConfigError("nor this")).measures(), kept, lambda: "b")
     with pytest.raises(ZeroDivisionError):  # a bug is no reason to take another backend
-        fastest(Clock(tensorrt=ZeroDivisionError(), torch=1.0).measures(), kept, "c")
+        fastest(Clock(tensorrt=ZeroDivisionError(), torch=1.0).measures(), kept, lambda: "c")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": {"torch": 1.0}}', '{"a": {"torch": null, "tensorrt": null}}'])
 def test_a_memory_that_is_of_no_use_is_made_anew(tmp_path, text):
     kept, clock = tmp_path / "backends.json", Clock(torch=2.0, tensorrt=1.0)
     kept.write_text(text)
-    assert fastest(clock.measures(), kept, "a") == "tensorrt" and clock.asked == ["torch", "tensorrt"]
+    assert fastest(clock.measures(), kept, lambda: "a") == "tensorrt" and clock.asked == ["torch", "tensorrt"]
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     (tmp_path / "file").write_text("")
-    assert fastest(Clock(torch=1.0).measures(), tmp_path / "file" / "backends.json", "a") == "torch"
+    assert fastest(Clock(torch=1.0).measures(), tmp_path / "file" / "backends.json", lambda: "a") == "torch"
 
 
 def test_a_pass_runs_every_segment_and_repeats():

@@ -4,29 +4,35 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 import types
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cfengine.bench import segments as bench
 from cfengine.bench.synthetic import SIZES as CONFIGS
 from cfengine.bench.synthetic import random_weights
 from cfengine.errors import DeviceError, ExportError
 from cfengine.export.build import build
 from cfengine.export.calibrate import calibrate
 from cfengine.export.folder import export
-from cfengine.export.tensorrt_backend import find_plans
+from cfengine.export.tensorrt_backend import held
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT
 from cfengine.ops import select
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.program import PromptBuffers
 from cfengine.scheduler.sampler import Schedule, chunk_noise
-from cfengine.segments import tensorrt
+from cfengine.segments import tensorrt, tensorrt_library
+from cfengine.segments.binding import Binding
 from cfengine.segments.exported import GraphSegments
-from cfengine.segments.manifest import Manifest
+from cfengine.segments.manifest import Graph, Manifest, Operand
+from cfengine.segments.onnx import OnnxRunner
 from cfengine.segments.tensorrt import TensorRTRunner
 from cfengine.segments.tensorrt_plans import NAME, Plans
 from cfengine.segments.torch import TorchSegments
@@ -50,13 +56,18 @@ class Context:
         self.engine, self.library, self.addresses, self.workspace = engine, library, {}, None
 
     def set_device_memory(self, pointer, size):
+        assert self.library.device == self.engine.device and pointer % tensorrt.ALIGNMENT == 0
         self.workspace = pointer, size
 
     def set_tensor_address(self, name, pointer):
+        if name in self.library.refused:
+            self.library.log.log(Name("ERROR"), f"{name} is\nno address")
+            return False
         self.addresses[name] = pointer
         return True
 
     def execute_async_v3(self, stream):
+        assert self.library.device == self.engine.device
         if self.library.broken:
             self.library.log.log(Name("ERROR"), "the kernel\nis lost")
             return False
@@ -78,10 +89,13 @@ class Context:
 
 
 class Engine:
+    kind = Context
+
     def __init__(self, library, data):
         import onnxruntime
 
-        self.library = library
+        self.library, self.device = library, library.device
+        assert self.device is not None  # CUDA's current one, whatever that is
         self.session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         self._operands = {o.name: o for o in (*self.session.get_inputs(), *self.session.get_outputs())}
         graph = "first" if "latents" in self._operands else "last" if "flow" in self._operands else "middle"
@@ -98,12 +112,24 @@ class Engine:
 
     def create_execution_context(self, strategy):
         assert strategy == "user managed"
-        self.library.contexts.append(Context(self, self.library))
+        self.library.contexts.append(self.kind(self, self.library))
         return self.library.contexts[-1]
+
+
+class RtxContext(Context):
+    """As TensorRT-RTX has it: what runs here may allocate, and then no graph can hold it."""
+
+    def is_stream_capturable(self, stream):
+        assert self.workspace and len(self.addresses) == self.engine.num_io_tensors
+        assert not (self.library.capturing and stream in self.library.capturable), "asked for what is known"
+        self.library.asked.append(stream)
+        return stream in self.library.capturable
 
 
 class RtxEngine(Engine):
     """As TensorRT-RTX has it: contexts are made with a cache of compiled kernels."""
+
+    kind = RtxContext
 
     def create_runtime_config(self):
         return RtxConfig(self.library)
@@ -121,10 +147,12 @@ class RtxConfig:
         self.strategy = strategy
 
     def create_runtime_cache(self):
-        self.library.cache = types.SimpleNamespace(
-            serialize=lambda: b"kernels", deserialize=self.library.restored.append
-        )
+        self.library.cache = types.SimpleNamespace(serialize=self._serialize, deserialize=self.library.restored.append)
         return self.library.cache
+
+    def _serialize(self):
+        assert self.library.device is not None
+        return b"kernels"
 
     def set_runtime_cache(self, cache):
         self.cache = cache
@@ -163,12 +191,23 @@ class Library:
 
     def __init__(self):
         self.contexts, self.streams, self.built, self.broken = [], [], 0, False
-        self.engine, self.restored = Engine, []
+        self.engine, self.restored, self.refused = Engine, [], ()
+        self.device, self.capturing, self.capturable, self.asked = None, False, (), []
+        self.BuilderFlag = types.SimpleNamespace()
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
         self.MemoryPoolType = types.SimpleNamespace(WORKSPACE=0)
         self.ProfilingVerbosity = types.SimpleNamespace(DETAILED=2)
         self.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user managed")
         self.ILogger, self.OnnxParser = object, Parser
+
+    @contextmanager
+    def on_gpu(self, device):
+        """What `torch.cuda.device` does, on a machine without one."""
+        before, self.device = self.device, device
+        try:
+            yield
+        finally:
+            self.device = before
 
     def Builder(self, log):
         def build(network, config):
@@ -211,8 +250,11 @@ def library(monkeypatch):
     """The stand-in, found wherever the real one would be imported, on a GPU that it pretends to see."""
     made = Library()
     monkeypatch.setitem(sys.modules, "tensorrt", made)
+    monkeypatch.setattr(tensorrt, "on_gpu", made.on_gpu)
+    monkeypatch.setattr(tensorrt, "capturing", lambda device: made.capturing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Stand-in 90")
     return made
 
 
@@ -325,13 +367,118 @@ def test_kernels_that_tensorrt_rtx_compiled_are_kept(folder, plans, library):
     plans.cache.unlink()
 
 
+def test_a_cache_that_cannot_be_read_is_no_obstacle(folder, plans, library, monkeypatch):
+    library.engine, read = RtxEngine, Path.read_bytes
+
+    def refuse(path):
+        if path == plans.cache:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    plans.cache.write_bytes(b"kernels")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    runner(folder, plans, library)
+    assert library.restored == []
+    plans.cache.unlink()
+
+
+def first_pass(segments):
+    shape = next(operand.shape for operand in segments.manifest.graph("first").inputs if operand.name == "latents")
+    return segments.first(torch.zeros(shape), toy().modulate(1.0))
+
+
+def test_capture_is_asked_for_on_its_own_stream_before_it_begins(folder, plans, library):
+    library.engine, library.capturable = RtxEngine, (78,)
+    streams = iter([77, 78, 78, 78, 77])
+    manifest = Manifest.load(folder)
+    made = TensorRTRunner(manifest, plans, "cpu", trt=library, stream=lambda: next(streams))
+    assert library.asked == []  # no context has operands yet, nor is the stream known
+    segments = GraphSegments(manifest, made, select("cpu"), plans.symbols)
+    for _ in range(3):  # another stream, that of the capture, and that again
+        first_pass(segments)
+    assert library.asked == [77, 78]
+    library.capturing = True
+    first_pass(segments)
+    with pytest.raises(ExportError, match="first 0 cannot be captured .* graphs=False"):
+        first_pass(segments)
+    assert library.streams == [77, 78, 78, 78]
+
+
+def test_the_log_of_a_runner_is_bounded(folder, plans, library):
+    segments = segments_of(folder, plans, library)
+    log = library.log
+    for severity in ("ERROR", *["INFO"] * 5000):
+        log.log(Name(severity), "a line")
+    assert len(log.lines) == tensorrt.MESSAGES and list(log.errors) == ["a line"]
+    for _ in range(5000):
+        log.log(Name("ERROR"), "another")
+    assert len(log.errors) == tensorrt.MESSAGES
+    first_pass(segments)
+    assert not log.errors  # a failure later on is not explained by what went before
+
+
+def test_the_gpu_that_is_meant_is_asked_and_current(library, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": (8, 6), None: (9, 0)}.get)
+    assert (tensorrt_library.gpu_library("cuda:1")[1], tensorrt_library.gpu_library()[1]) == ("8.6", "9.0")
+    assert tensorrt_library.on_gpu(torch.device("cuda:1")).idx == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    binding = Binding(Graph("g", "", (), (Operand("x", "float32", (1,)),), ()), "cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert binding.device == torch.device("cuda:1")  # as it was when it was made
+    elsewhere = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"), ndim=1, shape=(1,))
+    with pytest.raises(ExportError, match="lies on cuda:0 and the graph runs on cuda:1"):
+        binding.bind({"x": elsewhere})
+
+
+def test_what_loading_took_is_told(folder, plans, library):
+    told = []
+    made = runner(folder, plans, library, progress=lambda *step: told.append(step))
+    count = TOY.model.layers + 1
+    assert [step[1:] for step in told] == [(done, count) for done in range(count + 1)]
+    assert told[-1][0] == str(made.loaded) and "3 plans loaded in" in told[-1][0]
+
+
+def test_a_model_of_one_layer_has_no_middle(folder, plans, library):
+    manifest = Manifest.load(folder)
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name != "middle"}
+    files = {key: file for key, file in plans.files.items() if key[0] != "middle"}
+    one = dataclasses.replace(manifest, graphs=graphs), dataclasses.replace(plans, files=files)
+    assert TensorRTRunner(*one, "cpu", trt=library, stream=lambda: 77).loaded.plans == 2
+
+
+def test_the_bench_opens_every_precision(folder, library, monkeypatch, tmp_path):
+    wide, own = toy(torch.float32), shutil.copytree(folder, tmp_path / "own", ignore=lambda *_: ["tensorrt"])
+
+    def in_float32(config, model, encode, model_hash):  # no kernel for a processor takes float16
+        return calibrate(config, wide, lambda prompt: encode(prompt).float(), model_hash, prompts=["a"], chunks=1)
+
+    monkeypatch.setattr("cfengine.export.calibrate.calibrate", in_float32)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
+    setup = bench.Setup(TOY, torch.device("cpu"), toy(), wide, own)
+    expected = bench.reference(setup)
+    errors, built = {}, []
+    for _ in range(2):
+        for backend in ("tensorrt", "tensorrt_fp8"):
+            made = bench.in_tensorrt(setup, bench.TENSORRT[backend])
+            with torch.inference_mode():
+                errors[made.runner.plans.precision] = bench.error(
+                    bench.calls(setup, made, setup.dtype, setup.model)["middle"](), expected["middle"]
+                )
+        built.append(library.built)
+    assert built == [6, 6]  # the second time they are in the folder
+    # float16 keeps 11 bits; e4m3 rounds both operands of a product by up to 1/16, see above
+    assert errors["fp16"] < 0.01 < errors["fp8"] < 0.15
+    with pytest.raises(ExportError, match="nvfp4 needs compute capability 12.0"):
+        bench.in_tensorrt(setup, "nvfp4")
+
+
 def test_plans_are_found_by_gpu_precision_and_weights(folder, plans, library, monkeypatch):
     manifest = Manifest.load(folder)
-    assert find_plans(manifest, "fp16").files == plans.files
-    assert find_plans(manifest, "nvfp4") is None
-    assert find_plans(dataclasses.replace(manifest, model_hash="0" * 64), "fp16") is None
+    assert held(manifest).get("fp16").files == plans.files
+    assert held(manifest).get("nvfp4") is None
+    assert held(dataclasses.replace(manifest, model_hash="0" * 64)).get("fp16") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    assert find_plans(manifest, "fp16") is None
+    assert held(manifest).get("fp16") is None
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -384,6 +531,42 @@ def test_an_engine_of_other_operands_is_refused(folder, plans, library):
         runner(folder, dataclasses.replace(plans, files=swapped), library)
     with pytest.raises(ExportError, match=r"cross_k .* HALF \[1, 16, 2, 64\] .* says HALF \[1, 15, 2, 64\]"):
         runner(folder, dataclasses.replace(plans, symbols={"keys": 15, "sessions": 1}), library)
+
+
+def test_an_address_that_is_refused_is_an_error_and_nothing_runs(folder, plans, library):
+    segments = segments_of(folder, plans, library)
+    first_pass(segments)  # its addresses must not be taken for those of the next
+    library.refused = ("x",)
+    with pytest.raises(ExportError, match="refuses the address of x, .* for first 0 of .*: x is no address") as caught:
+        first_pass(segments)
+    assert plans.command in str(caught.value) and library.streams == [77]
+
+
+def test_a_full_gpu_is_said(folder, plans, library, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(DeviceError, match="left for the workspace of"):
+        runner(folder, plans, library)
+
+
+def test_an_engine_for_one_session_takes_no_two(tmp_path):
+    graph = Graph("g", "", (), (Operand("x", "float32", ("2*sessions",)),), ())
+    with pytest.raises(ExportError, match="built for sessions = 1 alone; open sessions one by one"):
+        Binding(graph, fixed={"keys": 4, "sessions": 1}).bind({"x": torch.zeros(4)})
+
+
+def test_operands_that_a_graph_has_not_are_refused_by_onnx_runtime(folder):
+    manifest = Manifest.load(folder)
+    graph = manifest.graph("first")
+    operand = Operand("more", "float32", (1,))
+    more = dataclasses.replace(graph, outputs=(*graph.outputs, operand))
+    segments = GraphSegments(
+        dataclasses.replace(manifest, graphs=manifest.graphs | {"first": more}), OnnxRunner(manifest), select("cpu")
+    )
+    with pytest.raises(ExportError, match="'first', weights 0, failed in ONNX Runtime: .*more"):
+        first_pass(segments)
 
 
 def test_a_failed_launch_is_an_error(folder, plans, library):

@@ -12,6 +12,7 @@ from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.ops import select
 from cfengine.training import distil
 from cfengine.training.data import Batch
+from cfengine.training.settings import Student
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
@@ -41,7 +42,7 @@ def batch(chunks: int = 3) -> Batch:
 @pytest.fixture
 def contexts():
     given = batch()
-    return given, lambda of: distil.context_of(of, CONFIG, given.latents, given.concepts)
+    return given, lambda of: distil.context_of(of, CONFIG, given.latents, given.prompts)
 
 
 def lowered(teacher: World, by: float) -> World:
@@ -67,7 +68,7 @@ def test_where_a_sample_is_told_to_go(contexts, critic: float, early: float, sig
     teacher = world(0)
     judges = distil.Judges(lowered(teacher, critic), teacher, lowered(teacher, early))
     draw = np.random.default_rng(0)
-    gradient = distil.matching_gradient(judges, (see(teacher),) * 3, given.latents[None], draw)
+    gradient = distil.matching_gradient(judges, (see(teacher),) * 3, given.latents[None], draw, 1.0)
     if sign:
         assert (gradient * sign).min() > 0
     else:  # flows of about 1 leave a bfloat16 product: 2^-8 for each of two judges, over a size of at least a half
@@ -97,9 +98,9 @@ def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypat
 def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
     teacher, early = world(0).requires_grad_(False), world(2).requires_grad_(False)
     before, rough = copy.deepcopy(teacher.state_dict()), copy.deepcopy(early.state_dict())
-    work = distil.Distillation(teacher, early, CONFIG)
+    work = distil.Distillation(teacher, early, CONFIG, Student(peak=1e-3, warm=1))
     given, draw = batch(), np.random.default_rng(0)
-    made = work.step(given, given.latents, 1e-3, 3, draw, anchored=True)
+    made = work.step(given, given.latents, 3, draw, anchored=True)
     assert set(made.measures) == {"gradient", "critic", "anchor"} and all(map(np.isfinite, made.measures.values()))
     assert made.sample.shape == made.redrawn.shape == given.latents.shape
     assert not made.sample.requires_grad and not made.redrawn.requires_grad
@@ -108,7 +109,7 @@ def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
     name = "dit.blocks.0.ffn.0.weight"
     student, critic = work.student.world.state_dict()[name], work.critic.world.state_dict()[name]
     assert not torch.equal(student, before[name]) and not torch.equal(critic, before[name])
-    assert work.critic.step == distil.CRITIC_STEPS and work.student.step == 1
+    assert work.critic.step == 5 and work.student.step == 1
 
 
 def test_a_rollout_keeps_given_chunks_and_makes_the_rest() -> None:
@@ -124,7 +125,19 @@ def test_a_rollout_keeps_given_chunks_and_makes_the_rest() -> None:
 
 def test_the_horizon_grows() -> None:
     common = np.random.default_rng(0)
-    drawn = {share: {distil.horizon(share, common) for _ in range(300)} for share in (0.0, 0.39, 0.4, 1.0)}
-    least, first, last = distil.LONG
-    assert drawn[0.0] == drawn[0.39] == set(range(distil.SHORT[0], distil.SHORT[1] + 1))
-    assert drawn[0.4] == set(range(least, first + 1)) and drawn[1.0] == set(range(least, last + 1))
+    plan = Student(local=0.4, short=(2, 7), long=(8, 12, 28))
+    drawn = {share: {distil.horizon(plan, share, common) for _ in range(300)} for share in (0.0, 0.39, 0.4, 1.0)}
+    assert drawn[0.0] == drawn[0.39] == set(range(2, 8))
+    assert drawn[0.4] == set(range(8, 13)) and drawn[1.0] == set(range(8, 29))
+
+
+def test_a_teacher_without_an_early_self_is_guided_by_itself_without_a_prompt() -> None:
+    teacher = world(0).requires_grad_(False)
+    given = batch()
+    given = given._replace(prompts=torch.randn(2, 3, 4, CONFIG.model.text_dim))
+    blind = distil.Distillation(teacher, None, CONFIG, Student(guide="no_prompt"))
+    own, critic, real, rough = blind.contexts(given.latents, given.prompts)
+    assert torch.equal(real.prompt, critic.prompt) and torch.equal(real.prompt, own.prompt)
+    empty = distil.context_of(teacher, CONFIG, given.latents, torch.zeros_like(given.prompts))
+    assert torch.equal(rough.prompt, empty.prompt) and not torch.equal(rough.prompt, real.prompt)
+    assert blind.judges.rough is teacher

@@ -1,4 +1,4 @@
-"""The recipe from the first stage to files that an engine loads, at the smallest effort."""
+"""The commands from the first stage to weights that an engine opens and benches measure, at the smallest effort."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfengine.config import ModelConfig, preset
-from cfengine.training.recipe import STUDENTS, Effort, Log, averaged, mean_of, train
+from cfengine import Engine
+from cfengine.config import ModelConfig
+from cfengine.errors import CheckpointError
+from cfengine.training.__main__ import main
+from cfengine.training.recipe import averaged, changed, mean_of
+from cfengine.training.settings import read
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
 
-MODEL = ModelConfig(patch=(1, 4, 1), dim=24, ffn_dim=48, heads=2, layers=2, text_dim=8, text_len=16, freq_dim=16)
-EFFORT = Effort(codec_steps=1, decoder_steps=1, scenes=2, dit_steps=1, distil_steps=2)
+MODEL = ModelConfig(patch=(1, 4, 1), dim=24, ffn_dim=48, heads=2, layers=3, text_dim=8, text_len=16, freq_dim=16)
+CONFIG = """
+preset = "tiny-world"
+model = {dim = 24, ffn_dim = 48, heads = 2, layers = 3, text_dim = 8, freq_dim = 16}
+data = {scenes = 2}
+codec = {steps = 1, decoder_steps = 1}
+teacher = {steps = 2, lengths = [[2, 1, 1.0, 1.0]]}
+lookup = {steps = 1}
+student = {steps = 2, turns = 2, seeds = [1, 2], short = [2, 2], long = [2, 2, 2]}
+evaluation = {seeds = 1, seconds = 2.25, scenes = 1, times = [2.0]}
+"""
 
 
 def test_the_mean_of_students() -> None:
@@ -26,16 +39,53 @@ def test_the_mean_of_students() -> None:
     assert not torch.equal(first.table, mean.table)
 
 
-@pytest.mark.slow
-def test_every_stage_runs_once_and_is_skipped_the_next_time(tmp_path) -> None:
-    config = dataclasses.replace(preset("tiny-world"), model=MODEL)
-    for _ in range(2):
-        folder = train(tmp_path, 0, EFFORT, Log(tmp_path / "log.jsonl"), processes=1, config=config)
-    stages = [json.loads(line)["stage"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [stages.count(stage) for stage in ("codec", "decoder")] == [1, 1]
-    names = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
-    assert set(names) == {"codec.safetensors", "dit.safetensors", "text.safetensors"}
-    students, steps = zip(*(averaged(tmp_path / f"student{own}.state", config) for own in STUDENTS), strict=True)
-    assert steps == (4, 4)  # whole batches
-    expected = mean_of(list(students)).dit.patch_embedding.weight.half()
-    assert torch.equal(names["dit.safetensors"]["patch_embedding.weight"], expected)
+def test_what_changed_is_named() -> None:
+    known = {"seed": 0, "teacher": {"steps": 3, "peak": 0.1}, "model": {}}
+    asked = {"seed": 0, "teacher": {"steps": 4, "peak": 0.1}, "model": {"dim": 8}, "student": {"steps": 1}}
+    assert list(changed(known, asked)) == [("teacher.steps", 3, 4), ("model", {}, {"dim": 8})]
+
+
+def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(tmp_path, capsys) -> None:
+    """Three commands, then `train`, which finds everything done."""
+    config, out = tmp_path / "small.toml", tmp_path / "out"
+    config.write_text(CONFIG)
+    given = ["--config", str(config), "--out", str(out), "--processes", "1"]
+    assert main(["student", *given]) == 2
+    assert "lookup.state does not exist; train it first" in capsys.readouterr().err
+    for command in ("teacher", "student", "evaluate"):
+        assert main([command, *given]) == 0
+    log = (out / "log.jsonl").read_text()
+    states = {path: path.stat().st_mtime_ns for path in out.glob("*.state")}
+    assert main(["train", *given]) == 0
+    assert (out / "log.jsonl").read_text() == log
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.state")} == states
+    assert {path.name for path in states} >= {"dit.state", "dit-early.state", "lookup.state", "student2.state"}
+    assert {json.loads(line)["stage"] for line in log.splitlines()} >= {"codec", "decoder"}
+    assert (out / "curves.png").stat().st_size > 1000
+    settings = read(str(config))
+    students = [averaged(out / f"student{own}.state", settings.config)[0] for own in (1, 2)]
+    expected = mean_of(students).dit.patch_embedding.weight.half()
+    assert torch.equal(load_file(out / "weights" / "dit.safetensors")["patch_embedding.weight"], expected)
+    names = {record["name"] for record in json.loads((out / "evaluation.json").read_text())}
+    assert {"sharpness", "recall_seconds_slow_fast_paper"} <= names
+    with Engine.from_pretrained(out / "weights") as engine:
+        assert engine.config.model == settings.config.model and engine.config.memory == settings.config.memory
+    assert main(["teacher", *given, "--set", "teacher.peak=1e-3"]) == 2
+    assert "was begun with teacher.peak 0.002 and is now asked for 0.001" in capsys.readouterr().err
+    described = out / "weights" / "model.json"
+    described.write_text(json.dumps({"model": {"dim": 24, "colour": 3}, "memory": {}}))
+    with pytest.raises(CheckpointError, match="describes no model"):
+        Engine.from_pretrained(out / "weights")
+
+
+def test_the_memory_rule_travels_with_the_weights(tmp_path) -> None:
+    from cfengine.sources import config_of
+    from cfengine.training.recipe import write_weights
+
+    settings = read("tiny-world", ["memory.slow=6", "memory.threshold=0.99", "model.dim=24", "model.ffn_dim=48"])
+    write_weights(World(settings.config.model), tmp_path, settings.config)
+    (tmp_path / "codec.safetensors").touch()
+    opened = config_of(str(tmp_path))
+    assert opened.memory == settings.config.memory and opened.model == settings.config.model
+    assert opened.sampler == settings.config.sampler
+    assert dataclasses.replace(opened, name="tiny-world") == settings.config
