@@ -294,6 +294,7 @@ def plot(path: Path, entries: list[dict]) -> None:
         axes.set(title={"hold": "the camera waits", "wander": "the camera wanders"}[script], ylim=(-0.02, 1.02))
         axes.set(xscale="log", xlabel="seconds out of view", ylabel="same shape and colour")
         axes.set_xticks([2, 4, 8, 16, 32, 60], ["2", "4", "8", "16", "32", "60"])
+        axes.minorticks_off()
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
