@@ -130,7 +130,9 @@ def recall(engine: Engine, task: Task) -> Done:
     else:
         most = round(max(task.times) / trials.SECONDS)
         places = trials.excursion(task.script, most, np.random.default_rng([task.seeds[0], 4]))
-        leave = {trials.leave_after(places, seconds): seconds for seconds in task.times}
+        leave = defaultdict(list)  # one way back may stand for two times that are near each other
+        for seconds in task.times:
+            leave[trials.leave_after(places, seconds)].append(seconds)
         for chunk in range(max(trial.out for trial in given)):
             rollout.step(prompts(given, [trial.rate * (chunk < trial.out) for trial in given]))
             made += 1
@@ -139,9 +141,8 @@ def recall(engine: Engine, task: Task) -> Done:
                 fork, more = rollout.fork(), int(places[chunk])
                 counts = [trial.out + more for trial in given]
                 frames = come_back(engine, fork, given, counts, -1)
-                views += [
-                    judge(trial, frames[i], leave[chunk], trial.hidden(chunk + more)) for i, trial in enumerate(given)
-                ]
+                for nominal in leave[chunk]:
+                    views += [judge(t, frames[i], nominal, t.hidden(chunk + more)) for i, t in enumerate(given)]
                 made += max(counts)
             if chunk < max(leave):
                 move, start = int(places[chunk + 1] - places[chunk]), time.perf_counter()
@@ -373,6 +374,8 @@ def settle(options: argparse.Namespace) -> None:
         options.times, options.drift = ",".join(f"{t:g}" for t in TIMES), options.drift or 120.0
     options.policies = several(options.policies, POLICIES, "policy")
     options.scripts = several(options.scripts, trials.SCRIPTS, "script")
+    if options.plot and options.scripts == ["turn"]:
+        raise ConfigError("a full turn takes one time, which makes no curve; add hold or wander, or leave --plot out")
     try:
         options.times = tuple(sorted(float(t) for t in options.times.split(",")))
     except ValueError:

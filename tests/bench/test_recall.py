@@ -118,6 +118,18 @@ def test_the_command_counts_every_trial(engine, tmp_path, capsys) -> None:
     assert entries["recall_same_hold_2s_fifo"]["config"]["trials"] == 3
 
 
+def test_every_camera_and_drift_leave_their_records(engine, tmp_path) -> None:
+    """2.0 and 2.1 s begin the way back at the same chunk: both keep all their trials."""
+    arguments = ["--policies", "slow_fast_paper", "--times", "2,2.1", "--scenes", "2", "--processes", "1"]
+    more = ["--scripts", "wander,turn", "--drift", "1.5", "--drift-scenes", "2", "--json", str(tmp_path / "r.json")]
+    assert recall.main([*arguments, *more]) == 0
+    entries = {entry["name"]: entry for entry in json.loads((tmp_path / "r.json").read_text())}
+    for name in ("wander_2s", "wander_2.1s", "turn_11s"):
+        assert entries[f"recall_same_{name}_slow_fast_paper"]["config"]["trials"] == 2
+    for name in ("palette_first", "palette_last", "motion_first", "motion_last"):
+        assert np.isfinite(entries[f"drift_{name}_slow_fast_paper"]["value"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -126,6 +138,7 @@ def test_the_command_counts_every_trial(engine, tmp_path, capsys) -> None:
         (["--times", "1"], "at least 2 s"),
         (["--variant", "fifo,tau=3"], "threshold, slow"),
         (["--weights", "lru=x"], "unknown policy"),
+        (["--scripts", "turn", "--plot", "x.png"], "makes no curve"),
         (["--weights", "x"], "POLICY=FOLDER"),
     ],
 )
