@@ -106,3 +106,13 @@ def test_palette_error_tells_looks_apart() -> None:
 def test_prompts_name_what_they_mean() -> None:
     assert concepts_of(world.prompt_for(-24, world.Look("night", "snow", "fog"))) == ("left", "night", "snow", "fog")
     assert concepts_of(world.prompt_for(0, world.Look())) == ("hold", "day", "meadow", "clear")
+
+
+def test_distance_to_the_palette() -> None:
+    """A true render is off by what rounding to bytes takes, half a level at most; another light by the difference."""
+    look = world.Look("day", "meadow", "clear")
+    frame = world.render(world.random_scene(np.random.default_rng(0), look), np.zeros(1))[0]
+    assert measure.palette_distance(frame, look) <= 0.5
+    shuffled = np.random.default_rng(1).permutation(frame, axis=1)
+    assert measure.palette_distance(shuffled, look) == measure.palette_distance(frame, look)  # colours, not places
+    assert measure.palette_distance(frame, world.Look("night", "meadow", "clear")) > 40
