@@ -10,7 +10,7 @@ from cfengine.bench import recall, world
 from cfengine.bench.records import write
 from cfengine.engine import Engine
 from cfengine.errors import ConfigError
-from cfengine.training.settings import RULE, Evaluation
+from cfengine.training.settings import Evaluation
 
 
 def evaluate(weights: Path, out: Path, settings: Evaluation) -> list[dict]:
@@ -23,7 +23,8 @@ def evaluate(weights: Path, out: Path, settings: Evaluation) -> list[dict]:
     with torch.inference_mode(), Engine.from_pretrained(weights) as engine:
         values = world.evaluate(engine, range(settings.seeds), settings.seconds)
         scenes = tuple(range(settings.scenes))
-        task = recall.Task(RULE, engine.config.memory, str(weights), "hold", scenes, settings.times)
+        memory = engine.config.memory
+        task = recall.Task(memory.policy, memory, str(weights), "hold", scenes, settings.times)
         done = recall.recall(engine, task)
     config = {"weights": str(weights), "seeds": settings.seeds, "seconds": settings.seconds}
     records = [*world.records(values, config), *recall.records([done])]

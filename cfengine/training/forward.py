@@ -1,10 +1,8 @@
-"""The batched, differentiable forward: every chunk of many sessions at once, each under its own Slow-Fast memory.
+"""The batched, differentiable forward: every chunk of many sessions at once, each under its own memory.
 
 Teacher forcing in streams. Stream 0 is clean (timestep 0): its keys and values become pages, as in the engine's clean
 pass. The other streams hold noisy copies of the same chunks; a noisy chunk attends to the pages of the chunks before
-it and to itself. The memory is policy `slow_fast_paper`: sink = chunk 0, fast = the chunk before, slow = first pages of
-marked odd chunks that have left fast memory, newest `slow` of them. Slots have fixed places: slow slot k (0 = newest)
-sits at position anchor - 6 - k, so only the table of page ids depends on the data.
+it that its memory holds (`cfengine.training.slots`), and to itself.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from torch import Tensor
 from cfengine.config import MemoryConfig
 from cfengine.kernels.rope import axis_frequencies, axis_pairs
 from cfengine.model.dit import Block, CausalDiT, RMSNorm
+from cfengine.training.slots import page_table, positions
 
 
 class Places(NamedTuple):
@@ -28,14 +27,12 @@ class Places(NamedTuple):
 
     query: (chunks, tokens, 1, head_dim) full      page: (tokens, 1, head_dim) rows and columns
     own: (chunks, tokens, 1, head_dim) time      context: (chunks, slots, 1, 1, head_dim) time
-    slow: slots of slow memory
     """
 
     query: tuple[Tensor, Tensor]
     page: tuple[Tensor, Tensor]
     own: tuple[Tensor, Tensor]
     context: tuple[Tensor, Tensor]
-    slow: int
 
 
 class Pages(NamedTuple):
@@ -79,55 +76,28 @@ def turn(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
 def places(
     chunks: int, grid: tuple[int, int], head_dim: int, theta: float, memory: MemoryConfig, device: torch.device
 ) -> Places:
-    """Tables for sequences of `chunks` chunks; slots in the order sink, fast, slow (newest first)."""
+    """Tables for sequences of `chunks` chunks."""
     c, pairs = memory.chunk_frames, head_dim // 2
     time_pairs, row_pairs, column_pairs = axis_pairs(head_dim)
     rate = axis_frequencies(time_pairs, theta)
-    slow = min(memory.slow, max(0, (chunks - 2) // 2))
-    anchor = torch.clamp(c * torch.arange(chunks) + c - 1, max=memory.rope_length - 1)
-    own = anchor[:, None] - (c - 1) + torch.arange(c)
-    sink = torch.arange(memory.sink).expand(chunks, -1)
-    past = anchor[:, None] - 2 * c - torch.arange(slow)
-    slots = torch.cat([sink, own - c, past], dim=1).double()
+    own, slots = positions(chunks, memory)
     row = torch.arange(grid[0]).double()[:, None, None] * axis_frequencies(row_pairs, theta)
     column = torch.arange(grid[1]).double()[None, :, None] * axis_frequencies(column_pairs, theta)
     spatial = torch.cat([row.expand(-1, grid[1], -1), column.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
     spatial = spatial.repeat(c, 1)[:, None]  # (tokens, 1, spatial pairs)
     own_angle = (own.double()[..., None] * rate).repeat_interleave(grid[0] * grid[1], dim=1)[:, :, None]
-    slot_angle = (slots[..., None] * rate)[:, :, None, None]
+    slot_angle = (slots.double()[..., None] * rate)[:, :, None, None]
     both = torch.cat([own_angle, spatial.expand(chunks, -1, -1, -1)], dim=-1)
     angles = (both, 0), (spatial, time_pairs), (own_angle, 0), (slot_angle, 0)
     turned = (rotation(angle, first, pairs) for angle, first in angles)
-    return Places(*((cosine.to(device), sine.to(device)) for cosine, sine in turned), slow=slow)
-
-
-def page_table(key_mean: Tensor, memory: MemoryConfig, slow: int) -> tuple[Tensor, Tensor]:
-    """Which pages each chunk sees besides its own.
-
-    key_mean: (B, chunks, dim), mean raw key of every clean chunk
-    -> pages (B, chunks, slots) as frame numbers 0 .. B * chunks * chunk_frames - 1, valid (B, chunks, slots) bool
-    """
-    B, C, _ = key_mean.shape
-    c, device = memory.chunk_frames, key_mean.device
-    chunk = torch.arange(C, device=device)
-    similarity = F.cosine_similarity(key_mean[:, 1:].double(), key_mean[:, :-1].double(), dim=-1)
-    marked = torch.cat([similarity.new_zeros(B, 1, dtype=torch.bool), similarity < memory.threshold], dim=1)
-    joined = (marked & (chunk % 2 == 1))[:, None] & (chunk <= chunk[:, None] - 2)  # (B, seeing chunk, seen chunk)
-    rank = joined.flip(-1).cumsum(-1).flip(-1) - 1  # 0 = newest
-    place = torch.where(joined & (rank < slow), rank, slow)
-    newest = torch.full((B, C, slow + 1), -1, device=device).scatter(-1, place, (c * chunk).expand(B, C, C))[..., :slow]
-    sink = torch.where(chunk[:, None] >= 1, torch.arange(memory.sink, device=device), -1).expand(B, -1, -1)
-    before = c * (chunk[:, None] - 1) + torch.arange(c, device=device)
-    fast = torch.where(chunk[:, None] >= 2, before, -1).expand(B, -1, -1)
-    pages = torch.cat([sink, fast, newest], dim=-1)
-    return pages.clamp(min=0) + (C * c * torch.arange(B, device=device))[:, None, None], pages >= 0
+    return Places(*((cosine.to(device), sine.to(device)) for cosine, sine in turned))
 
 
 def _recall(keys: Tensor, values: Tensor, mean: Tensor, where: Places, memory: MemoryConfig) -> Pages:
     """Gather for every chunk the clean pages it sees; keys, values (B, C, T, heads, head_dim), mean (B, C, dim)."""
     B, C, T, heads, head_dim = keys.shape
     c = memory.chunk_frames
-    pages, valid = page_table(mean, memory, where.slow)
+    pages, valid = page_table(mean, memory)
     seen = [
         pool.reshape(B * C * c, T // c, heads, head_dim)[pages.flatten()].unflatten(0, (B, C, -1))
         for pool in (keys, values)

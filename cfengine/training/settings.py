@@ -16,9 +16,9 @@ from typing import Any
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, preset
 from cfengine.errors import ConfigError
+from cfengine.training.slots import RULES
 
 CONFIGS = Path(__file__).parent / "configs"  # what the package ships
-RULE = "slow_fast_paper"  # the one that `cfengine.training.forward` runs in a batch
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,11 @@ class Settings:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        if self.config.memory.policy != RULE:
+        memory = self.config.memory
+        if memory.policy not in RULES or memory.scenes:
+            what = f"{memory.policy!r}" + (" with scenes" if memory.scenes else "")
             raise ConfigError(
-                f"memory.policy is {self.config.memory.policy!r}; training runs {RULE!r} alone, set memory.policy to it"
+                f"memory.policy is {what}; training runs {', '.join(RULES)}, without scenes: set memory.policy to one"
             )
         if self.data.source == "clips" and (self.lookup.steps or self.student.guide == "early" and self.teacher.start):
             raise ConfigError(

@@ -47,7 +47,7 @@ def test_configurations_are_shipped() -> None:
         ("preset = 'tiny-world'\n[teacher]\noptimiser = 'sgd'", "optimiser is 'sgd'"),
         ("preset = 'tiny-world'\n[model]\ndim = 100", "dim 100 does not divide into 6 heads"),
         ("preset = 'tiny-world'\n[model]\ndims = 100", "'model.dims'; known are dim"),
-        ("preset = 'tiny-world'\n[memory]\npolicy = 'fifo'", "training runs 'slow_fast_paper' alone"),
+        ("preset = 'tiny-world'\n[memory]\npolicy = 'slow_fast'", "policy is 'slow_fast'; training runs"),
         ("preset = 'tiny-world'\n[data]\nsource = 'clips'", "clips need a folder"),
         ("preset = 'context-forcing'\n[memory]\npolicy = 'slow_fast_paper'", "set data.source to 'clips'"),
         ("preset = 'world'", "unknown preset 'world'"),
