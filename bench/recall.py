@@ -18,14 +18,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cfengine import Engine
 from cfengine.bench.command import several
-from cfengine.bench.records import record, write
+from cfengine.bench.recall_report import Done, Task, View, plot, records, table
+from cfengine.bench.records import write
 from cfengine.config import POLICIES, MemoryConfig, preset, with_policy
 from cfengine.errors import CFEngineError, ConfigError
 from cfengine.scheduler.rollout import Rollout
@@ -33,47 +33,12 @@ from cfengine.training import measure, trials, world
 from cfengine.training.data import camera_script
 
 MODEL = "tiny-world-recall"
-QUICK, TIMES = (3.0, 8.0, 20.0), (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 45.0, 60.0)
+QUICK, TIMES = (3.0, 8.0, 20.0), (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 32.0, 45.0, 60.0)
 NEAR = 20.0  # pixels: half of the least distance between two landmarks
 TURN_AWAY = 11.0  # seconds, about, for which a full turn shows nothing of a landmark
 PLACE = 3.0  # pixels within which a landmark stands where it stood
 FIT = 0.8  # as in cfengine.bench.world
-GOAL = 0.9  # recall that a policy must keep
 BATCH = 25  # sessions in lock-step
-WINDOW = 10.0  # seconds over which drift is averaged
-
-
-class View(NamedTuple):
-    """What a trial found on coming back; away: seconds for which nothing of the target was in view."""
-
-    nominal: float
-    away: float
-    shape: bool
-    colour: bool
-    same: bool  # shape and colour
-    place: bool
-
-
-class Task(NamedTuple):
-    """Trials for one process: which rule, under which weights, which camera, which seeds."""
-
-    name: str
-    memory: MemoryConfig
-    weights: str
-    script: str  # of trials.SCRIPTS, or "drift"
-    seeds: tuple[int, ...]
-    times: tuple[float, ...]
-
-
-class Done(NamedTuple):
-    """What a task found; frames: video frames that were generated, seconds: all of it took."""
-
-    task: Task
-    views: list[View]
-    drift: list[tuple[float, float, float]]  # time, palette distance, error of motion (NaN: nothing to measure)
-    chunk_seconds: float  # of a session's chunk in the batch, the median
-    frames: int
-    seconds: float
 
 
 def judge(trial: trials.Trial, frame: np.ndarray, nominal: float, away: float) -> View:
@@ -173,131 +138,16 @@ def drift(engine: Engine, task: Task) -> Done:
     return Done(task, [], found, float(np.median(costs)), frames, time.perf_counter() - began)
 
 
-_ENGINES: dict[str, Engine] = {}  # of this process, by weights
+_ENGINES: dict[tuple[str, str], Engine] = {}  # of this process, by weights and dtype
 
 
 def work(task: Task) -> Done:
     """One task in a process of one thread, which keeps its engine for the next."""
-    if task.weights not in _ENGINES:
-        _ENGINES[task.weights] = Engine.from_pretrained(task.weights, threads=1)
+    key = task.weights, task.dtype
+    if key not in _ENGINES:
+        _ENGINES[key] = Engine.from_pretrained(task.weights, threads=1, dtype=task.dtype)
     with torch.inference_mode():
-        return (drift if task.script == "drift" else recall)(_ENGINES[task.weights], task)
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share (Wilson 1927), 95 % at z = 1.96."""
-    share, room = right / count, z * z / count
-    middle, half = share + room / 2, z * np.sqrt(share * (1 - share) / count + room / (4 * count))
-    return float((middle - half) / (1 + room)), float((middle + half) / (1 + room))
-
-
-def seconds_kept(curve: Sequence[tuple[float, float]]) -> tuple[float, str]:
-    """Time away at which recall falls under GOAL, between two tested times on a straight line.
-
-    curve: (seconds, recall), by time      -> seconds and "between", or the bound that tests give: "at least", "under"
-    """
-    for (early, high), (late, low) in zip([(curve[0][0], 1.0), *curve], curve, strict=False):
-        if low < GOAL:
-            if late == curve[0][0]:
-                return late, "under"
-            return early + (late - early) * (high - GOAL) / (high - low), "between"
-    return curve[-1][0], "at least"
-
-
-def records(done: Iterable[Done]) -> list[dict]:
-    """Recall by rule, camera and time away with intervals; recall_seconds_<policy>; drift; cost of a chunk."""
-    views, drifts, costs, tasks = defaultdict(list), defaultdict(list), defaultdict(list), {}
-    for part in done:
-        key = (part.task.name, part.task.script)
-        tasks[part.task.name] = part.task
-        views[key] += part.views
-        drifts[part.task.name] += part.drift
-        costs[part.task.name].append(part.chunk_seconds)
-    made = []
-    for (name, script), seen in views.items():
-        base = {"policy": name, "script": script, "weights": tasks[name].weights, "memory": shown(tasks[name].memory)}
-        curve = []
-        for nominal in sorted({view.nominal for view in seen}):
-            group = [view for view in seen if view.nominal == nominal]
-            away = float(np.mean([view.away for view in group]))
-            for what in ("same", "shape", "colour", "place"):
-                right = sum(getattr(view, what) for view in group)
-                config = {
-                    **base,
-                    "seconds_away": round(away, 2),
-                    "trials": len(group),
-                    "interval": wilson(right, len(group)),
-                }
-                made.append(
-                    record(f"recall_{what}_{script}_{nominal:g}s_{name}", right / len(group), "share", config=config)
-                )
-                if what == "same":
-                    curve.append((away, right / len(group)))
-        if script == "hold":
-            value, kind = seconds_kept(curve)
-            made.append(record(f"recall_seconds_{name}", value, "s", config={**base, "bound": kind, "under": GOAL}))
-    for name, points in drifts.items():
-        for title, place, unit in (("palette", 1, "levels of 255"), ("motion", 2, "pixel/frame")) if points else ():
-            last = max(point[0] for point in points)
-            for when, chosen in (("first", lambda t: t <= WINDOW), ("last", lambda t, last=last: t > last - WINDOW)):
-                value = float(np.nanmean([point[place] for point in points if chosen(point[0])]))
-                made.append(record(f"drift_{title}_{when}_{name}", value, unit, config={"seconds": last}))
-    for name, seconds in costs.items():
-        value = 1e3 * float(np.nanmedian(seconds))
-        made.append(record(f"chunk_ms_{name}", value, "ms", config={"sessions": BATCH, "threads": 1}))
-    return made
-
-
-def shown(memory: MemoryConfig) -> dict:
-    """What of a rule a record says."""
-    names = ("policy", "sink", "slow", "fast", "slots", "threshold", "interval")
-    return {name: getattr(memory, name) for name in names}
-
-
-def table(entries: list[dict]) -> str:
-    """Recall as a table: a row a policy and camera, a column a time."""
-    cells, times = {}, set()
-    for entry in entries:
-        config = entry["config"]
-        if entry["name"].startswith("recall_same_"):
-            nominal = float(entry["name"].split("_")[3][:-1])
-            low, high = config["interval"]
-            cells[(config["policy"], config["script"], nominal)] = f"{entry['value']:4.0%} ({low:.0%}-{high:.0%})"
-            times.add(nominal)
-    rows = list(dict.fromkeys(key[:2] for key in cells))
-    lines = [f"{'same shape and colour, after':34s}" + "".join(f"{t:>8.3g} s       " for t in sorted(times))]
-    for row in rows:
-        parts = [f"{cells.get((*row, t), ''):>17s}" for t in sorted(times)]
-        lines.append(f"{row[0]:24s}{row[1]:8s}" + "".join(parts))
-    return "\n".join(lines)
-
-
-def plot(path: Path, entries: list[dict]) -> None:
-    """Recall against time away, a line a policy, a panel a camera, intervals as bands."""
-    from cfengine.bench.plots import panels
-
-    curves = defaultdict(list)
-    for entry in entries:
-        config = entry["config"]
-        if entry["name"].startswith("recall_same_") and config["script"] != "turn":
-            curves[(config["script"], config["policy"])].append(
-                (config["seconds_away"], entry["value"], *config["interval"])
-            )
-    scripts = list(dict.fromkeys(script for script, _ in curves))
-    figure, found = panels(len(scripts), 5.2, 4.0)
-    for axes, script in zip(found, scripts, strict=True):
-        for (of, policy), points in curves.items():
-            if of == script:
-                times, values, low, high = zip(*sorted(points), strict=True)
-                (line,) = axes.plot(times, values, marker="o", markersize=3, label=policy)
-                axes.fill_between(times, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        axes.axhline(GOAL, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title={"hold": "the camera waits", "wander": "the camera wanders"}[script], ylim=(-0.02, 1.02))
-        axes.set(xscale="log", xlabel="seconds out of view", ylabel="same shape and colour")
-        axes.set_xticks([2, 4, 8, 16, 32, 60], ["2", "4", "8", "16", "32", "60"])
-        axes.minorticks_off()
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        return (drift if task.script == "drift" else recall)(_ENGINES[key], task)
 
 
 def tasks(options: argparse.Namespace) -> list[Task]:
@@ -308,33 +158,42 @@ def tasks(options: argparse.Namespace) -> list[Task]:
         if not found:
             raise ConfigError(f"--weights {pair!r} names no policy; give POLICY=FOLDER")
         weights[several(name, POLICIES, "policy")[0]] = folder
-    seeds = [tuple(range(i, min(i + BATCH, options.scenes))) for i in range(0, options.scenes, BATCH)]
-    rules = {name: with_policy(base, name) for name in options.policies}
+    rules = [(name, with_policy(base, name), weights.get(name, MODEL)) for name in options.policies]
+    rules += [variant(text, base, weights) for text in options.variant]
+    batches = [tuple(range(i, min(i + BATCH, options.scenes))) for i in range(0, options.scenes, BATCH)]
+    drifting = tuple(range(options.drift_scenes))
     made = []
-    for name, memory in rules.items():
-        of = weights.get(name, MODEL)
-        made += [Task(name, memory, of, script, part, options.times) for script in options.scripts for part in seeds]
+    for rule in rules:
+        made += [
+            Task(*rule, script, part, options.times, options.dtype) for script in options.scripts for part in batches
+        ]
         if options.drift:
-            made.append(Task(name, memory, of, "drift", tuple(range(options.drift_scenes)), (options.drift,)))
-    for text in options.variant:
-        name, memory = variant(text, base)
-        of = weights.get(memory.policy, MODEL)
-        made += [Task(name, memory, of, script, part, options.times) for script in options.scripts for part in seeds]
+            made.append(Task(*rule, "drift", drifting, (options.drift,), options.dtype))
     return made
 
 
-def variant(text: str, base: MemoryConfig) -> tuple[str, MemoryConfig]:
-    """Name and rule of "slow_fast_paper,threshold=0.99,slow=6"; ConfigError for what a rule does not have."""
+def variant(text: str, base: MemoryConfig, weights: dict[str, str]) -> tuple[str, MemoryConfig, str]:
+    """Name, rule and weights of "slow_fast_paper,threshold=0.99,slow=6" or "slow_fast_paper,weights=FOLDER".
+
+    weights: of policies that have their own      ConfigError for what a rule does not have
+    """
     policy, *changes = text.split(",")
     memory = with_policy(base, several(policy, POLICIES, "policy")[0])
+    folder = weights.get(memory.policy, MODEL)
+    kinds = {"threshold": float, "slow": int, "fast": int, "sink": int, "interval": int}
     for change in changes:
         key, _, value = change.partition("=")
-        kinds = {"threshold": float, "slow": int, "fast": int, "sink": int, "interval": int}
+        if key == "weights" and value:
+            folder = value
+            continue
         try:
             memory = replace(memory, **{key: kinds[key](value)})
         except (KeyError, ValueError):
-            raise ConfigError(f"variant {text!r} has {change!r}; give name=number with {', '.join(kinds)}") from None
-    return text, memory
+            names = ", ".join(kinds)
+            raise ConfigError(
+                f"variant {text!r} has {change!r}; give name=number with {names}, or weights=FOLDER"
+            ) from None
+    return text, memory, folder
 
 
 def run(asked: list[Task], processes: int, say) -> list[Done]:
@@ -357,7 +216,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--times", default=",".join(f"{t:g}" for t in QUICK), help="seconds away; default: %(default)s")
     made.add_argument("--scenes", type=int, default=100)
     made.add_argument("--weights", action="append", default=[], metavar="POLICY=FOLDER", help="distilled for a policy")
-    made.add_argument("--variant", action="append", default=[], metavar="POLICY,NAME=NUMBER", help="an ablation")
+    made.add_argument("--variant", action="append", default=[], metavar="POLICY,NAME=VALUE", help="an ablation")
+    made.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="bfloat16 halves the time on a CPU that multiplies it, and finds the same; default: %(default)s",
+    )
     made.add_argument("--drift", type=float, default=0.0, metavar="SECONDS", help="also measure drift for so long")
     made.add_argument("--drift-scenes", type=int, default=16)
     made.add_argument("--full", action="store_true", help="every policy, camera and time, and two minutes of drift")

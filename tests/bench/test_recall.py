@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cfengine import Engine
-from cfengine.bench import recall
+from cfengine.bench import recall, recall_report
 from cfengine.config import preset, with_policy
 from cfengine.training import trials, world
 
@@ -53,8 +53,8 @@ def test_judges_shape_colour_and_place_apart(seed: int) -> None:
 
 def test_wilson_interval() -> None:
     """Against values that R's prop.test(90, 100, correct = FALSE) and the formula at 0 of 10 give."""
-    assert recall.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
-    assert recall.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert recall_report.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert recall_report.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_wilson_interval() -> None:
     ],
 )
 def test_seconds_kept(curve, expected) -> None:
-    seconds, kind = recall.seconds_kept(curve)
+    seconds, kind = recall_report.seconds_kept(curve)
     assert (pytest.approx(seconds), kind) == expected
 
 
