@@ -1,9 +1,9 @@
 """Flow matching under the Slow-Fast memory, with contexts that carry the model's own errors.
 
 x_t = (1 - s) x0 + s eps, target v = eps - x0, timestep 1000 s. Most noise levels are the four of the released
-model's sampler, the rest follow its warped schedule. From a fifth of the training on every batch serves several
-times: the second time and later, chunks of the context are replaced by what the model made of them before, so that it
-learns to correct itself (error recycling); the target stays the truth.
+model's sampler, the rest follow its warped schedule. From a fifth of the training on, errors are recycled (see
+`cfengine.training.recycle`), and every batch serves several times: the second time and later, what the model made of
+its chunks before can be their context.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from cfengine.training.data import Batch, Source
 from cfengine.training.forward import flow
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
+from cfengine.training.recycle import ErrorBank, corrupt
 from cfengine.training.settings import Length, Teacher
 from cfengine.training.state import Progress, World
 
 TAUGHT = SamplerConfig()  # the schedule whose levels the teacher sees most; a student may walk another one
 COPIES = 2  # noisy copies of every chunk in a step
+RECYCLED = 0.2  # share of the training after which errors are recycled; before it they are large
 EARLY = 0.24  # share of the training after which the network is also kept as it is then, to guide the distillation
 
 
@@ -54,17 +56,6 @@ def length_at(lengths: tuple[Length, ...], share: float, common: np.random.Gener
     blend = min(1.0, share / 0.4)
     weights = np.asarray([(1 - blend) * length.early + blend * length.late for length in lengths])
     return lengths[common.choice(len(lengths), p=weights / weights.sum())]
-
-
-def corrupt(truth: Tensor, made: Tensor | None, draw: np.random.Generator) -> Tensor:
-    """Context latents (B, C, ...): truth, or what the model made of it, plus a little noise in some chunks."""
-    B, C = truth.shape[:2]
-    context = truth
-    if made is not None:
-        own = torch.from_numpy(draw.random((B, C)) < draw.choice([0.3, 0.7, 1.0])).to(truth.device)
-        context = torch.where(own[..., None, None, None, None], made, truth)
-    amount = torch.from_numpy(0.1 * draw.random((B, C)) * (draw.random((B, C)) < 0.4)).float()
-    return context + amount.to(truth.device)[..., None, None, None, None] * torch.randn_like(truth)
 
 
 def training_step(
@@ -115,24 +106,33 @@ def train_diffusion(
     steps, early = settings.steps, max(1, round(EARLY * settings.steps))
     progress = Progress(world, settings)
     progress.resume(out)
+    bank = ErrorBank(settings.recycle)
+    bank.resume(out)
     device, mean = device_of(world), None
     while progress.step < steps:
         share = progress.step / steps
         common, draw = draws(seed, progress.step)
         length = length_at(settings.lengths, share, common)
         batch = source.draw(length.sessions, length.chunks, draw).on(device)
-        made = None
-        for _ in range(1 if share < 0.2 else 3):
-            context = corrupt(batch.latents, made, draw)
+        made, begun = None, share >= RECYCLED
+        for _ in range(3 if begun else 1):
+            context = corrupt(batch.latents, made, draw, bank if begun else None)
             loss, made = training_step(progress.world, config, batch, context, draw)
             loss.backward()
             progress.advance()
+            bank.add(batch.latents, context, made, draw)
             mean = number(loss) if mean is None else 0.98 * mean + 0.02 * number(loss)
             if rank() == 0 and progress.step % 20 == 0:
                 report("dit", {"step": progress.step, "of": steps, "loss": mean})
             if rank() == 0 and progress.step == early:
                 progress.save(early_state(out))
-            if rank() == 0 and progress.step % 120 == 0:
-                progress.save(out)
+            if progress.step % 120 == 0:
+                keep(out, progress, bank)
+    keep(out, progress, bank)
+
+
+def keep(out: Path, progress: Progress, bank: ErrorBank) -> None:
+    """Save what the stage goes on from: the state is the first process's, a bank is every process's own."""
     if rank() == 0:
         progress.save(out)
+    bank.save(out)

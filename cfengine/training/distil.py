@@ -12,8 +12,9 @@ itself without a prompt (Ho and Salimans, arXiv 2207.12598). `cfengine.training.
 Student, critic and teacher see the same context. In `alone` of the batches it is a rollout: what the student makes
 chunk by chunk through the engine's own passes and memory. Stage 1 rolls out as far as the window of a short teacher
 reaches; stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range
-that grows. In the other batches the context is the truth, or what the student's last pass makes of the noised truth,
-and that pass is also held to the truth, without which colours pale.
+that grows. `window` chunks at a random place of it are judged, or all of them. In the other batches the context is the
+truth, or what the student's last pass makes of the noised truth, and that pass is also held to the truth, without which
+colours pale.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from cfengine.config import EngineConfig
 from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
 from cfengine.training.data import Batch, Source
-from cfengine.training.diffusion import corrupt, draw_sigmas, sampler_sigmas, spread
-from cfengine.training.forward import Context, flow_from, remember
+from cfengine.training.diffusion import draw_sigmas, sampler_sigmas, spread
+from cfengine.training.forward import Context, flow_from, remember, window
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
+from cfengine.training.recycle import corrupt
 from cfengine.training.settings import Student
 from cfengine.training.state import Progress, World
 
@@ -115,7 +117,9 @@ def critic_loss(critic: World, context: Context, x0: Tensor, draw: np.random.Gen
 
 
 class Made(NamedTuple):
-    """What a step made: the student's samples (B, C, ...), the truth as its last pass redraws it, means to report."""
+    """What a step made: the student's samples (B, window, ...), what it was shown (B, C, ...) with the judged chunks of
+    the truth as its last pass redraws them, means to report.
+    """
 
     sample: Tensor
     redrawn: Tensor | None
@@ -145,17 +149,22 @@ class Distillation:
     def step(self, batch: Batch, latents: Tensor, graded: int, draw: np.random.Generator, *, anchored: bool) -> Made:
         """Update student and critic under the context `latents` (B, C, ...); `graded`: pass that learns."""
         settings, student, critic = self.settings, self.student.world, self.critic.world
-        rate, (own, *seen) = self.student.rate, self.contexts(latents, batch.prompts)
-        x0, final = sample(student, own, self.levels, graded, latents.shape)
+        rate, first, count = self.student.rate, *self.judged(latents.shape[1], draw)
+        contexts = self.contexts(latents, batch.prompts)
+        own, *seen = (window(context, first, count) for context in contexts) if count < latents.shape[1] else contexts
+        judged = slice(first, first + count)
+        truth = batch.latents[:, judged]
+        x0, final = sample(student, own, self.levels, graded, truth.shape)
         gradient = matching_gradient(self.judges, tuple(seen), x0.detach(), draw, settings.guidance)
         (x0 * gradient).mean().backward()
         measures = {"gradient": number(gradient.abs().mean())}
         redrawn = None
         if anchored:
-            redrawn = self.redrawn(own, batch.latents)
-            anchor = (redrawn - batch.latents).square().mean()
+            last = self.redrawn(own, truth)
+            anchor = (last - truth).square().mean()
             (settings.anchor * anchor).backward()
-            redrawn, measures["anchor"] = redrawn.detach(), number(anchor)
+            redrawn, measures["anchor"] = latents.clone(), number(anchor)
+            redrawn[:, judged] = last.detach()
         self.student.advance()
         for _ in range(settings.critic_steps):  # under the context as the critic saw it first: no gradient goes there
             loss = critic_loss(critic, seen[0], x0.detach(), draw)
@@ -163,6 +172,11 @@ class Distillation:
             self.critic.advance(settings.critic_pace * rate)
         measures["critic"] = number(loss)
         return Made(final[0], redrawn, measures)
+
+    def judged(self, chunks: int, draw: np.random.Generator) -> tuple[int, int]:
+        """First and number of the chunks that are judged."""
+        count = min(self.settings.window or chunks, chunks)
+        return (int(draw.integers(chunks - count + 1)) if count < chunks else 0), count
 
     def redrawn(self, own: Context, truth: Tensor) -> Tensor:
         """True chunks (B, C, ...) as the student's last pass redraws them; carries the gradient."""

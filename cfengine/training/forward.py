@@ -59,6 +59,20 @@ class Context(NamedTuple):
     where: Places
 
 
+def window(context: Context, first: int, count: int) -> Context:
+    """What `count` chunks from `first` on see of a context."""
+    B, C = context.prompt.shape[:2]
+    chunks = slice(first, first + count)
+
+    def cut(part: Tensor) -> Tensor:
+        return part.unflatten(0, (B, C))[:, chunks].flatten(0, 1)
+
+    layers = [Pages(cut(p.keys), cut(p.values), cut(p.hidden), p.ids[:, chunks]) for p in context.layers]
+    where = context.where
+    query, own, slots = ((cosine[chunks], sine[chunks]) for cosine, sine in (where.query, where.own, where.context))
+    return Context(layers, context.prompt[:, chunks], context.bias, Places(query, where.page, own, slots))
+
+
 def rotation(angle: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
     """Angles (..., n) of pairs first .. first + n of `pairs` -> cosine and signed sine (..., 2 pairs) float32."""
     full = F.pad(angle, (first, pairs - first - angle.shape[-1]))

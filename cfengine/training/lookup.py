@@ -20,10 +20,11 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig
 from cfengine.training.data import COLUMNS, VIEW, Batch, Source
-from cfengine.training.diffusion import COPIES, corrupt, draw_sigmas, made_of, sampler_sigmas, spread
+from cfengine.training.diffusion import COPIES, draw_sigmas, made_of, sampler_sigmas, spread
 from cfengine.training.forward import Pages, flow_from, remember
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed
+from cfengine.training.recycle import corrupt
 from cfengine.training.settings import Descent
 from cfengine.training.state import Progress, World
 

@@ -95,6 +95,7 @@ class Teacher(Descent):
     peak: float = 2e-3
     warm: int = 60
     start: str = ""  # file, folder or hub id of the weights to begin with; none: random ones
+    recycle: float = 0.3  # probability with which a chunk of the context carries a residual from the bank of errors
     lengths: tuple[Length, ...] = (
         Length(2, 8, 0.0, 0.15),
         Length(4, 4, 0.45, 0.2),
@@ -107,6 +108,8 @@ class Teacher(Descent):
         super().__post_init__()
         early, late = (sum(getattr(length, when) for length in self.lengths) for when in ("early", "late"))
         smallest = min((min(length.chunks, length.sessions) for length in self.lengths), default=0)
+        if not 0 <= self.recycle <= 1:
+            raise ConfigError(f"teacher.recycle is {self.recycle}; it is a probability, from 0 to 1")
         if min(early, late) <= 0 or smallest < 1:
             raise ConfigError(
                 f"teacher.lengths have shares of {early} early and {late} late and at least {smallest} chunks and "
@@ -133,6 +136,7 @@ class Student(Descent):
     local: float = 0.4  # share of the steps that stage 1 takes
     short: tuple[int, int] = (2, 7)  # chunks of a rollout in stage 1; 7 are the 21 latent frames of the paper
     long: tuple[int, int, int] = (8, 12, 28)  # in stage 2: at least, at most when it begins, at most when it ends
+    window: int = 0  # chunks that are judged at a random place of a rollout; 0: all of them
     chunks: int = 16  # in a batch of one process: so many sessions that their chunks are about that
     guide: str = "early"  # what the teacher is guided away from: itself early in its training, or without a prompt
     guidance: float = 1.0  # how far; 0: not at all
@@ -153,6 +157,8 @@ class Student(Descent):
         least, first, last = self.long
         if not 1 <= self.short[0] <= self.short[1] or not 1 <= least <= first <= last:
             raise ConfigError(f"student.short {self.short} and student.long {self.long} must rise from at least 1")
+        if self.window < 0:
+            raise ConfigError(f"student.window is {self.window}; give a number of chunks, or 0 for all of a rollout")
 
     def sessions(self, chunks: int) -> int:
         """Sessions of `chunks` chunks in a batch of one process."""

@@ -112,6 +112,25 @@ def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
     assert work.critic.step == 5 and work.student.step == 1
 
 
+def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:
+    teacher, given, draw = world(0).requires_grad_(False), batch(5), np.random.default_rng(0)
+    whole = distil.context_of(teacher, CONFIG, given.latents, given.prompts)
+    part = distil.window(whole, 2, 2)
+    noisy, sigma = torch.randn(1, *given.latents.shape), torch.full((1, 2, 5), 0.9)
+    flow, cut = (
+        distil.guess(teacher, whole, noisy, sigma),
+        distil.guess(teacher, part, noisy[:, :, 2:4], sigma[:, :, 2:4]),
+    )
+    # bfloat16 products of other shapes: values up to 4, of which the last bit is 2^-6
+    torch.testing.assert_close(cut, flow[:, :, 2:4], atol=2**-4, rtol=0)
+    work = distil.Distillation(teacher, None, CONFIG, Student(window=2))
+    places = [work.judged(5, draw) for _ in range(100)]
+    assert {count for _, count in places} == {2} and {first for first, _ in places} == {0, 1, 2, 3}
+    assert work.judged(1, draw) == (0, 1)
+    made = work.step(given, given.latents, 3, draw, anchored=True)
+    assert made.sample.shape[1] == 2 and (made.redrawn != given.latents).flatten(2).any(-1).sum() == 2 * 2
+
+
 def test_a_rollout_keeps_given_chunks_and_makes_the_rest() -> None:
     student, given = world(0).requires_grad_(False), batch(4)
     with torch.inference_mode():
