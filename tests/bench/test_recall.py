@@ -130,6 +130,12 @@ def test_every_camera_and_drift_leave_their_records(engine, tmp_path) -> None:
         assert np.isfinite(entries[f"drift_{name}_slow_fast_paper"]["value"])
 
 
+def test_a_variant_changes_rule_and_weights() -> None:
+    name, memory, folder = recall.variant("slow_fast_paper,threshold=0.9,slow=6,weights=a/b", MEMORY, {})
+    assert (memory.threshold, memory.slow, folder) == (0.9, 6, "a/b") and name.startswith("slow_fast_paper,threshold")
+    assert recall.variant("fifo", MEMORY, {"fifo": "own"}) == ("fifo", with_policy(MEMORY, "fifo"), "own")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
