@@ -9,7 +9,8 @@ The teacher is guided by itself as it was early in its training: it is moved on 
 that only the early one still makes (Karras et al., arXiv 2406.02507). A teacher that did not begin here is guided by
 itself without a prompt (Ho and Salimans, arXiv 2207.12598). `cfengine.training.settings.Student` has the numbers.
 
-Student, critic and teacher see the same context. In `alone` of the batches it is a rollout: what the student makes
+Student, critic and teacher see the same context, unless `judges` gives the others a memory of their own, as a teacher
+has that never saw a long past. In `alone` of the batches it is a rollout: what the student makes
 chunk by chunk through the engine's own passes and memory. Stage 1 rolls out as far as the window of a short teacher
 reaches; stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range
 that grows. `window` chunks at a random place of it are judged, or all of them. In the other batches the context is the
@@ -137,13 +138,15 @@ class Distillation:
         self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
         self.judges, self.blind = Judges(self.critic.world, teacher, early or teacher), early is None
         self.levels = sampler_sigmas(config.sampler)
+        judged = dataclasses.replace(config.memory, **settings.judges)
+        self.theirs = dataclasses.replace(config, memory=judged)  # what the judges remember with
 
     def contexts(self, latents: Tensor, prompts: Tensor) -> list[Context]:
         """What the student and each judge see."""
-        worlds = (self.student.world, *self.judges)
-        seen = [context_of(world, self.config, latents, prompts) for world in worlds[: 3 if self.blind else 4]]
+        seen = [context_of(self.student.world, self.config, latents, prompts)]
+        seen += [context_of(world, self.theirs, latents, prompts) for world in self.judges[: 2 if self.blind else 3]]
         if self.blind:  # rows of zeros are what pads a prompt
-            seen.append(context_of(self.judges.rough, self.config, latents, torch.zeros_like(prompts)))
+            seen.append(context_of(self.judges.rough, self.theirs, latents, torch.zeros_like(prompts)))
         return seen
 
     def step(self, batch: Batch, latents: Tensor, graded: int, draw: np.random.Generator, *, anchored: bool) -> Made:

@@ -146,6 +146,7 @@ class Student(Descent):
     alone: float = 0.5  # share of batches whose contexts are the student's own rollouts; the others stay near the truth
     given: float = 0.5  # share of rollouts that go on from true chunks, up to half of them
     turns: int = 4  # steps with one batch
+    judges: dict[str, Any] = field(default_factory=dict)  # fields of the memory that teacher and critic have otherwise
     shuttles: float = 0.0  # share of sessions whose camera goes back and forth
 
     def __post_init__(self) -> None:
@@ -190,12 +191,8 @@ class Settings:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        memory = self.config.memory
-        if memory.policy not in RULES or memory.scenes:
-            what = f"{memory.policy!r}" + (" with scenes" if memory.scenes else "")
-            raise ConfigError(
-                f"memory.policy is {what}; training runs {', '.join(RULES)}, without scenes: set memory.policy to one"
-            )
+        for title, changes in (("memory", self.memory), ("student.judges", self.student.judges)):
+            check_rule(title, dataclasses.replace(self.config.memory, **changes))
         if self.data.source == "clips" and (self.lookup.steps or self.student.guide == "early" and self.teacher.start):
             raise ConfigError(
                 f"lookup.steps is {self.lookup.steps} and student.guide {self.student.guide!r}; clips have no geometry "
@@ -229,6 +226,15 @@ class Settings:
         return dataclasses.replace(self, **changes)
 
 
+def check_rule(title: str, memory: MemoryConfig) -> None:
+    """Raise ConfigError where training cannot run a rule of the memory."""
+    if memory.policy not in RULES or memory.scenes:
+        what = f"{memory.policy!r}" + (" with scenes" if memory.scenes else "")
+        raise ConfigError(
+            f"{title}.policy is {what}; training runs {', '.join(RULES)}, without scenes: set {title}.policy to one"
+        )
+
+
 def built_in() -> list[str]:
     """Names of the configurations that the package ships."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
@@ -255,6 +261,9 @@ def read(source: str, changes: Iterable[str] = ()) -> Settings:
     for name, kind in kinds.items():
         if isinstance(tables.get(name), dict):
             tables[name] = _fields(kind, tables[name], source, f"{name}.")
+    judges = tables.get("student", {}).get("judges") if isinstance(tables.get("student"), dict) else None
+    if isinstance(judges, dict):
+        tables["student"]["judges"] = _fields(MemoryConfig, judges, source, "student.judges.")
     try:
         return Settings(**_fields(Settings, tables, source, ""))
     except (ConfigError, TypeError) as problem:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
+from cfengine.errors import ConfigError
 from cfengine.ops import select
 from cfengine.training import distil
 from cfengine.training.data import Batch
-from cfengine.training.settings import Student
+from cfengine.training.settings import Settings, Student
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
@@ -129,6 +130,19 @@ def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:
     assert work.judged(1, draw) == (0, 1)
     made = work.step(given, given.latents, 3, draw, anchored=True)
     assert made.sample.shape[1] == 2 and (made.redrawn != given.latents).flatten(2).any(-1).sum() == 2 * 2
+
+
+def test_judges_can_have_a_memory_of_their_own() -> None:
+    """A teacher that sees the chunk before alone: in its context no later chunk sees the first."""
+    teacher, given = world(0).requires_grad_(False), batch(5)
+    short = {"policy": "fifo", "sink": 0, "slow": 0, "fast": 6}
+    work = distil.Distillation(teacher, None, CONFIG, Student(judges=short))
+    own, critic, judge, blind = work.contexts(given.latents, given.prompts)
+    assert own.layers[0].ids.shape[-1] > 3
+    for context in (critic, judge, blind):
+        assert context.layers[0].ids[0].tolist()[1:] == [[3 * c, 3 * c + 1, 3 * c + 2] for c in range(4)]
+    with pytest.raises(ConfigError, match="student.judges"):
+        Settings(preset="tiny-world", student=Student(judges={"policy": "slow_fast"}))
 
 
 def test_a_rollout_keeps_given_chunks_and_makes_the_rest() -> None:

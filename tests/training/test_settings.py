@@ -48,6 +48,7 @@ def test_configurations_are_shipped() -> None:
         ("preset = 'tiny-world'\n[model]\ndim = 100", "dim 100 does not divide into 6 heads"),
         ("preset = 'tiny-world'\n[model]\ndims = 100", "'model.dims'; known are dim"),
         ("preset = 'tiny-world'\n[memory]\npolicy = 'slow_fast'", "policy is 'slow_fast'; training runs"),
+        ("preset = 'tiny-world'\n[student.judges]\nsinks = 3", "has 'student.judges.sinks'; known are policy"),
         ("preset = 'tiny-world'\n[data]\nsource = 'clips'", "clips need a folder"),
         ("preset = 'context-forcing'\n[memory]\npolicy = 'slow_fast_paper'", "set data.source to 'clips'"),
         ("preset = 'world'", "unknown preset 'world'"),
