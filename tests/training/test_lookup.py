@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_loss_of_attention_by_hand() -> None:
 def test_attention_learns_from_its_loss_alone() -> None:
     world, draw = World(CONFIG.model), np.random.default_rng(0)
     batch = draw_batch(strips(), 2, 8, draw, shuttles=1.0)
-    losses, made = lookup.lookup_step(world, CONFIG, batch, batch.latents, draw, 0)
+    losses, made = lookup.lookup_step(world, copy.deepcopy(world), CONFIG, batch, batch.latents, draw, 0)
     assert made.shape == batch.latents.shape and not made.requires_grad
     losses["attention"].backward()
     taught = world.dit.blocks[lookup.BLOCKS[0]].self_attn
@@ -69,6 +71,19 @@ def test_attention_learns_from_its_loss_alone() -> None:
     assert taught.o.weight.grad is None or taught.o.weight.grad.abs().max() > 0  # through the blocks that follow
     last = world.dit.blocks[3].ffn[0].weight.grad
     assert last is None or last.abs().max() == 0  # nothing that is taught comes after it
+
+
+def test_what_does_not_return_is_held_to_what_the_teacher_knew() -> None:
+    """Where nothing is seen again, a copy of the teacher has nothing to learn, and another world has."""
+    world, draw = World(CONFIG.model), np.random.default_rng(0)
+    torch.nn.init.normal_(world.dit.head.head.weight, std=0.2)  # a new world predicts zero
+    batch = draw_batch(strips(), 2, 3, draw)
+    assert lookup.seen_columns(batch.yaws)[1].sum() == 0
+    losses = []
+    for known in (copy.deepcopy(world), World(CONFIG.model)):
+        found, _ = lookup.lookup_step(world, known, CONFIG, batch, batch.latents, np.random.default_rng(1), 0)
+        losses.append(found["flow"].item())
+    assert losses[0] < 1e-3 < losses[1]  # bfloat16 products of two ways of calling: 2^-8 of values near 1, squared
 
 
 def test_a_shuttle_stays_near_and_turns() -> None:
