@@ -33,5 +33,17 @@ class DeviceError(CFEngineError):
     """A GPU that is too old, too full, without a driver that serves it, or lost."""
 
 
+class SnapshotError(CFEngineError):
+    """A snapshot that is damaged, of another format, or made by another model or configuration."""
+
+
+class RingError(CFEngineError):
+    """A frame ring that cannot be made, found or used; `result` names the code of the C interface, if it has one."""
+
+    def __init__(self, message: str, result: str = "") -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class ExportError(CFEngineError):
     """A graph or an engine that cannot be made, is damaged, or was made for another model, version or GPU."""

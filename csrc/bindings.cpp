@@ -13,6 +13,7 @@ void register_qk_norm_rope_store(py::module_& m);
 void register_modulated_norm(py::module_& m);
 void register_gated_residual(py::module_& m);
 void register_slow_fast_update(py::module_& m);
+void register_ring(py::module_& m);
 void register_paged_attention_cuda(py::module_& m);
 
 // Compute capabilities that CUDA kernels are built for, such as 80 and 90a; none without nvcc.
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
     cf::register_modulated_norm(m);
     cf::register_gated_residual(m);
     cf::register_slow_fast_update(m);
+    cf::register_ring(m);
     m.def("cuda_architectures", &cf::cuda_architectures, "Compute capabilities that CUDA kernels are built for.");
 #if defined(CF_CUDA_ARCHITECTURES)
     cf::register_paged_attention_cuda(m);

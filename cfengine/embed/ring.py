@@ -1,0 +1,146 @@
+"""The writer's side of a frame ring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from cfengine.embed.events import Event, typed
+from cfengine.embed.names import Flags, Format, State
+from cfengine.embed.native import load
+from cfengine.errors import RingError
+
+
+@dataclass(frozen=True)
+class RingStats:
+    """Counts since the ring was made.
+
+    published: frames      revoked: frames taken back from readers that were dead or too slow
+    refused: frames that found no free slot, which clients of this project cannot cause
+    dropped: events of programs that died while they pushed, and damaged ones      readers: programs that read now
+    """
+
+    published: int
+    revoked: int
+    refused: int
+    dropped: int
+    readers: int
+
+
+class Ring:
+    """A ring of frames in shared memory under a name, which readers of any language find.
+
+        with Ring("demo", width=832, height=480, fps=16) as ring:
+            ring.state = State.RUNNING
+            for frame in session:
+                ring.publish(frame.pixels, chunk=frame.timings.chunk)
+                for event in ring.events():
+                    ...
+
+    name: up to 64 letters, digits, '-', '_', '.'      fps: frames a second, an integer, a Fraction or a float
+    readers: most programs that read at one time, 16 at most
+    slots: frames that there is room for, readers + 2 at least; a reader that wants every frame, or the nearest to a
+    time, finds the latest slots - readers - 1 or more
+    events: events that there is room for, a power of two
+    stall: seconds of silence after which readers find a running writer stalled
+    Raises RingError: a living process writes that name, too little shared memory, or a size that cannot be. A ring that
+    a dead process left is replaced; its readers come over by themselves.
+
+    One thread publishes; another may take events. Nothing here waits for a reader.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        height: int,
+        *,
+        fps: int | float | Fraction = 16,
+        format: Format = Format.RGBA8,
+        readers: int = 4,
+        slots: int = 24,
+        events: int = 64,
+        stall: float = 2.0,
+    ) -> None:
+        sizes = {"width": width, "height": height, "readers": readers, "slots": slots, "events": events}
+        for key, value in sizes.items():
+            if not 0 <= value < 1 << 32:
+                raise RingError(f"ring {name}: {key} is {value} but must be positive and have 32 bits; choose another")
+        rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 and the like are exact
+        if rate <= 0:
+            raise RingError(f"ring {name}: {fps} frames a second; choose a positive number")
+        self.name, self.width, self.height, self.format, self.fps = name, width, height, Format(format), rate
+        self._writer = load().RingWriter(
+            name=name,
+            format=int(format),
+            fps_numerator=rate.numerator,
+            fps_denominator=rate.denominator,
+            stall_ns=round(stall * 1e9),
+            **sizes,
+        )
+        self.generation: int = self._writer.generation()
+
+    def publish(
+        self,
+        pixels: np.ndarray,
+        *,
+        pts_ns: int = 0,
+        chunk: int = 0,
+        last_event_id: int = 0,
+        applied_at_chunk: int | None = None,
+        flags: Flags = Flags.NONE,
+    ) -> int:
+        """Show a frame: copy it into the oldest slot that nobody reads, in the ring's format, and wake readers.
+
+        pixels: (height, width, 3 or 4) uint8 RGB or RGBA, converted in one pass      pts_ns: when it should be seen, on
+        the clock of `now_ns`; 0: now      chunk, last_event_id, applied_at_chunk: the chunk that it is of, the newest
+        event of this ring that it knows of, and the first chunk that did      flags: REPEATED, DISCONTINUITY; LATE is
+        added by itself      -> id of the frame: 1, 2, 3, ...
+        Raises RingError for another shape or type, and for a ring that is closed.
+        """
+        pixels = np.asarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
+            raise RingError(
+                f"ring {self.name} was given a frame of shape {pixels.shape}, {pixels.dtype}; "
+                f"give ({self.height}, {self.width}, 3 or 4) uint8"
+            )
+        if pixels.strides[2] != 1 or pixels.strides[1] != pixels.shape[2] or pixels.strides[0] < 0:
+            pixels = np.ascontiguousarray(pixels)
+        return self._writer.publish(pixels, pts_ns, chunk, last_event_id, applied_at_chunk or 0, int(flags))
+
+    def events(self) -> list[Event]:
+        """Take what clients have pushed since the last call, oldest first."""
+        return [typed(*event) for event in self._writer.take_events()]
+
+    @property
+    def state(self) -> State:
+        """What readers are told; setting it is a sign of life."""
+        return State(self._writer.state())
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._writer.set_state(int(state))
+
+    def beat(self) -> None:
+        """Give a sign of life without a frame."""
+        self._writer.beat()
+
+    def stats(self) -> RingStats:
+        return RingStats(**self._writer.stats())
+
+    def close(self) -> None:
+        """Tell readers that the stream has ended and take the name away; they keep what they have mapped."""
+        self._writer.close()
+
+    @staticmethod
+    def unlink(name: str) -> None:
+        """Take away the name of a ring whose writer died. RingError where it lives, or there is none."""
+        load().ring_unlink(name)
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
