@@ -10,14 +10,15 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	"$$p" -c "$(NEW_ENOUGH)" 2>/dev/null && { echo "$$p"; break; }; done)
 SAY_WHAT_IS_MISSING = $(BIN)/python -c "import cfengine._C" 2>/dev/null \
 	|| echo "note: the compiled kernels were not built, so everything runs slower; .venv/bin/cfengine doctor says why"
-BUILT_FROM := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/* kernels/*/*.h kernels/*/*.c*)
+BUILT_FROM := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/* csrc/client/include/* kernels/*/*.h kernels/*/*.c*)
 
-.PHONY: help demo test test-all replay lint clean
+.PHONY: help demo test test-hosts test-all replay lint clean
 
 help:
 	@echo "make demo      install into .venv, turn a prompt into out.mp4"
 	@echo "make test      install the test extra, run the tests, replay the recorded traces"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-hosts  test the sample programs in C and C#; needs packages of the system, see .ci/run"
 	@echo "make replay    replay the recorded traces with every implementation present"
 	@echo "make lint      check the style of the sources"
 	@echo "make clean     remove build output; .venv stays"
@@ -26,11 +27,14 @@ demo: $(VENV)/.installed
 	$(BIN)/cfengine generate "pan right over a meadow, clear day" --seconds 8 --output out.mp4
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "cpu and not slow"
+	$(BIN)/python -m pytest -m "(cpu and not slow or embed) and not hosts"
 	$(MAKE) --no-print-directory replay
 
+test-hosts: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m hosts
+
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m cpu
+	$(BIN)/python -m pytest -m "(cpu or embed) and not hosts"
 	$(MAKE) --no-print-directory replay
 
 replay: $(VENV)/.installed
