@@ -97,11 +97,12 @@ def first_frame(engine: Engine, sessions: int) -> tuple[float, float]:
     that are open, and their keys and values count.
     """
     opened = time.perf_counter()
-    with engine.batch(["anything"] * sessions) as batch:
+    unseen = time.perf_counter_ns()  # an engine keeps what it has made of prompts lately used
+    with engine.batch([f"anything {unseen}"] * sessions) as batch:
         synchronize(engine.device)
         begin = time.perf_counter()
-        for session in batch.sessions:
-            session.set_prompt("something else")
+        for place, session in enumerate(batch.sessions):
+            session.set_prompt(f"something else {unseen} {place}")
         batch.next_chunk()
         return begin - opened, time.perf_counter() - begin
 

@@ -16,15 +16,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cfengine.config import EngineConfig
     from cfengine.engine import Engine
+    from cfengine.events import Prompt
     from cfengine.session import Session
+    from cfengine.snapshot import Snapshot
     from cfengine.types import Frame
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "EngineConfig", "Frame", "Session", "__version__"]
+__all__ = ["Engine", "EngineConfig", "Frame", "Prompt", "Session", "Snapshot", "__version__"]
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir():  # a checkout: kernels, export and bench lie beside this folder, installed or not
     __path__.append(str(_HERE.parent))
-_HOMES = {"Engine": "engine", "EngineConfig": "config", "Frame": "types", "Session": "session"}
+_HOMES = {
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "Frame": "types",
+    "Prompt": "events",
+    "Session": "session",
+    "Snapshot": "snapshot",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,8 @@ from cfengine.errors import CFEngineError, CheckpointError, ConfigError, OutputE
 
 USER_ERRORS = (ConfigError, PromptError, CheckpointError, OutputError)  # exit code 2; every other failure is 1
 
+WORLD = "pan right over a meadow, clear day"
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -110,6 +112,12 @@ def generate(
         Path | None,
         typer.Option(help="Folder of cfengine export for it.", show_default="the cache's, made on first use"),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to go on from; it is not written again.", show_default=False)
+    ] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="Video to go on from, of any length; likewise.", show_default=False)
+    ] = None,
 ) -> None:
     """Make a video from a prompt, chunk by chunk.
 
@@ -137,8 +145,63 @@ def generate(
             record_prompt=record_prompt,
             backend=backend,
             exported=exported,
+            image=image,
+            video=video,
         )
         code = run(request)
+    raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    ring: Annotated[str, typer.Option(help="Name of the frame ring, which other programs open.")],
+    prompt: Annotated[str, typer.Argument(help="What to show until a program asks for something else.")] = WORLD,
+    model: Annotated[str, typer.Option(help="Preset, folder, file or hub id.")] = "tiny-world",
+    seconds: Annotated[float | None, typer.Option(help="Length.", show_default="until Ctrl-C", min=0.01)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="the model's")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core", min=1)] = None,
+    format: Annotated[str, typer.Option(help="How pixels lie: rgba8 or nv12.")] = "rgba8",
+) -> None:
+    """Show a live video to games and other programs through shared memory, and take their events (docs/embed.md)."""
+    from cfengine.cli_serve import Request, run
+
+    with sentences():
+        code = run(Request(ring, prompt, model, seconds, seed, device, dtype, threads, format))
+    raise typer.Exit(code)
+
+
+@app.command()
+def play(
+    prompt: Annotated[str, typer.Argument(help="What to show at first.")] = WORLD,
+    model: Annotated[str, typer.Option(help="Preset, folder, file or hub id.")] = "tiny-world",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    scale: Annotated[
+        int | None, typer.Option(help="Screen pixels a pixel.", show_default="8 up to 128 pixels wide, else 1", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="the model's")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core", min=1)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="End after N different frames.", show_default="never", min=1)
+    ] = None,
+    screenshot: Annotated[
+        Path | None, typer.Option(help="Write the window as a PNG at the end.", show_default=False)
+    ] = None,
+    press: Annotated[
+        list[str] | None, typer.Option(help="FRAME:KEY, as if KEY were pressed then.", show_default=False)
+    ] = None,
+) -> None:
+    """Open a window on a live video and steer it with the keyboard.
+
+    Left and right turn the camera, down holds it, Tab takes a prompt, space pauses, s keeps the moment and b goes
+    back to it, r begins again, Esc ends.
+    """
+    from cfengine.cli_play import Request, run
+
+    with sentences():
+        code = run(Request(prompt, model, seed, scale, device, dtype, threads, frames, screenshot, tuple(press or ())))
     raise typer.Exit(code)
 
 

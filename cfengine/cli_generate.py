@@ -54,6 +54,8 @@ class Request:
     record_prompt: bool = False
     backend: str = "torch"
     exported: Path | None = None
+    image: Path | None = None
+    video: Path | None = None
 
     def check(self) -> None:
         """Refuse what cannot work: ConfigError, PromptError or OutputError with the remedy."""
@@ -84,12 +86,17 @@ class Request:
             self._check_backend()
         if self.pixels is not None:
             VideoConfig(*self.pixels)
+        if self.image is not None and self.video is not None:
+            raise ConfigError("--image and --video are both given; a video goes on from one of them")
+        for option, path in (("--image", self.image), ("--video", self.video)):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{option} {path} is no file; give the path of a picture or a video")
         if "/" not in self.model and not Path(self.model).exists():
             preset(self.model)  # neither a path nor owner/name: only a preset's name is left
         check_output(self.output)
 
     def _check_backend(self) -> None:
-        from cfengine.engine import check_backend
+        from cfengine.choices import check_backend
 
         check_backend(self.backend, self.exported)
         wanted = {"onnxruntime": "cpu", "tensorrt": "cuda"}.get(self.backend)
@@ -97,6 +104,11 @@ class Request:
             raise ConfigError(
                 f"backend {self.backend!r} does not run on device {self.device!r}; give --device {wanted}"
             )
+
+    @property
+    def past(self) -> dict[str, Path]:
+        """What the video goes on from, as `Engine.stream` takes it."""
+        return {name: path for name, path in (("image", self.image), ("video", self.video)) if path is not None}
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -277,7 +289,8 @@ def stream(
     trouble: BaseException | None = None
     try:
         show.begin(tally)
-        with closing(engine.stream(request.prompt, seed=request.seed, num_frames=tally.wanted)) as frames:
+        asked = {"seed": request.seed, "num_frames": tally.wanted, **request.past}
+        with closing(engine.stream(request.prompt, **asked)) as frames:
             for frame in frames:
                 with stops.held():
                     writer.write(frame.pixels)

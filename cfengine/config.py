@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -274,6 +275,13 @@ def triton_interpreted() -> bool:
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process as one of several ($RANK of $WORLD_SIZE)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def has_display() -> bool:
+    """Whether a window can be tried; on Linux $DISPLAY, $WAYLAND_DISPLAY or $SDL_VIDEODRIVER say so."""
+    return sys.platform != "linux" or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    )
 
 
 def cache_dir() -> Path:

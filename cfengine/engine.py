@@ -9,20 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from cfengine.choices import check_backend, device_type, dtype_of, rounded, text_encoder, used_operations
 from cfengine.codec import Codec, load_codec
-from cfengine.config import EngineConfig, PrecisionConfig, cache_dir, with_policy
+from cfengine.config import EngineConfig, with_policy
 from cfengine.config import precision as config_precision
 from cfengine.device import check_device, check_fits, device_errors, page_bytes
 from cfengine.errors import CFEngineError, ConfigError, DeviceError, PromptError
+from cfengine.events import Prompt
 from cfengine.memory.memory import Memory
 from cfengine.model.dit import CausalDiT, CrossCache
-from cfengine.model.text import CachedTextEncoder, TextEncoder
-from cfengine.model.text_tiny import TinyTextEncoder
+from cfengine.model.text import TextEncoder
 from cfengine.model.weights import load_dit
 from cfengine.ops import HINTS, OPERATIONS, Ops, not_built, row, select
+from cfengine.pictures import Past, Pictures
 from cfengine.ranges import spanned
 from cfengine.scheduler.batch import per_session
 from cfengine.scheduler.chunk import ChunkScheduler
@@ -30,15 +34,18 @@ from cfengine.scheduler.device_lane import DeviceLane
 from cfengine.scheduler.graphs import CudaRuntime, check_captured
 from cfengine.scheduler.idle import IdleLanes
 from cfengine.scheduler.lane import HostLane, Lane
+from cfengine.scheduler.prompts import PromptCache, pure
 from cfengine.scheduler.sampler import Schedule
+from cfengine.scheduler.scenes import timeline
 from cfengine.segments.exported import GraphSegments
 from cfengine.segments.torch import TorchSegments
 from cfengine.session import Batch, Session, check_num_frames, check_seed
+from cfengine.snapshot import Snapshot, made_for
 from cfengine.sources import config_of, sources_of
 from cfengine.types import Frame
 
-BACKENDS = ("torch", "onnxruntime", "tensorrt", "auto")  # what runs segments; auto: the faster one on this GPU
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from cfengine.serve import Published
 
 
 class Engine:
@@ -70,26 +77,30 @@ class Engine:
         """
         self.config, self.codec, self.text = config, codec, text
         self.device, self.dtype = device, dtype
-        self.ops = select(_device_type(device), dict(config.kernels), fp8=config.precision.fp8)
-        missing = [op for op in not_built(_device_type(device), self.ops.names) if op not in dict(config.kernels)]
+        self.ops = select(device_type(device), dict(config.kernels), fp8=config.precision.fp8)
+        missing = [op for op in not_built(device_type(device), self.ops.names) if op not in dict(config.kernels)]
         if missing:
-            hint = HINTS[row(missing[0], _device_type(device))[0].name]
+            hint = HINTS[row(missing[0], device_type(device))[0].name]
             warnings.warn(
                 f"compiled kernels are missing, so plain torch serves {', '.join(missing)}, slower; {hint}",
                 stacklevel=2,
             )
         self._runtime: CudaRuntime | None = None
-        if _device_type(device) == "cuda":
+        if device_type(device) == "cuda":
             check_device(device)
             self.ops = dataclasses.replace(self.ops, **{op: spanned(op, getattr(self.ops, op)) for op in OPERATIONS})
             missing_bytes = sum(p.nbytes for p in model.parameters() if p.device.type != "cuda")
             check_fits(f"the model of {config.name!r}", missing_bytes, config, device, dtype.itemsize)
         with device_errors(config, device, dtype.itemsize):
-            self.model = model.to(device=device, dtype=dtype).prepare(_rounded(config, backend))
-        if _device_type(device) == "cuda":
+            self.model = model.to(device=device, dtype=dtype).prepare(rounded(config, backend))
+        if device_type(device) == "cuda":
             self._runtime = CudaRuntime(device, graphs=graphs)
         self._segments = self._open_segments(backend, exported, progress)
         self._scheduler = self._make_scheduler(self.ops)
+        check = getattr(text, "check", lambda prompt: None)  # not every encoder can tell before it encodes
+        run = _beside(config, device, dtype, self._runtime)
+        self._prompts = PromptCache(text.encode, _projection(self.model, device), run, check)
+        self._made_for = made_for(config, dtype, [self.model.head.modulation, self.model.patch_embedding.bias])
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._idle = IdleLanes()
         self._closed = False
@@ -128,7 +139,7 @@ class Engine:
         """
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1")
-        if _device_type(device) != "cpu":
+        if device_type(device) != "cpu":
             check_device(device)
         check_backend(backend, exported)
         name = str(source)
@@ -144,19 +155,19 @@ class Engine:
             config = dataclasses.replace(config, codec="taehv")
         sources = sources_of(name, config)
         # a choice that is not built fails before any weights load
-        select(_device_type(device), dict(config.kernels), fp8=config.precision.fp8)
+        select(device_type(device), dict(config.kernels), fp8=config.precision.fp8)
         if threads is not None:
             torch.set_num_threads(threads)
-        kind = _dtype(dtype) or (torch.float32 if sources.small else torch.bfloat16)
+        kind = dtype_of(dtype) or (torch.float32 if sources.small else torch.bfloat16)
         with torch.device("meta"):
             model = CausalDiT(config.model)
-        if _device_type(device) == "cuda":
+        if device_type(device) == "cuda":
             needed = sum(p.numel() for p in model.parameters()) * kind.itemsize
             check_fits(f"the model of {config.name!r}", needed, config, device, kind.itemsize)
         with device_errors(config, device, kind.itemsize):
             model.load_state_dict(load_dit(sources.dit, config.model, dtype=kind, device=device), assign=True)
-            encoder = _text_encoder(config, sources.text, device)
-            exact = torch.float32 if _device_type(device) == "cpu" else kind
+            encoder = text_encoder(config, sources.text, device)
+            exact = torch.float32 if device_type(device) == "cpu" else kind
             pixels = load_codec(config, str(taehv or sources.codec), device, exact)
         return cls(
             config,
@@ -178,10 +189,18 @@ class Engine:
     def encode_prompt(self, prompt: str) -> list[CrossCache]:
         """Cross-attention keys and values of a prompt, per layer; PromptError for an empty or too long one."""
         self._check_open()
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise PromptError("the prompt is empty; say what the video shows")
-        with device_errors(self.config, self.device, self.dtype.itemsize), torch.inference_mode(), self._queue():
-            return self.model.project_text(self.text.encode(prompt).to(self.device))
+        return self._prompts.now(pure(Prompt(prompt).text))
+
+    def prefetch(self, prompt: str) -> None:
+        """Encode a prompt, all its scenes, beside what runs, so that a session can switch to it without delay.
+
+        Prompts lately used are kept, up to 256 MiB of keys and values. Raises PromptError for what is known to be wrong
+        with it; whatever else fails is told when the prompt is used.
+        """
+        self._check_open()
+        for scene in timeline(Prompt(prompt).text, self.config).scenes:
+            self._prompts.check(scene.prompt)
+            self._prompts.ask(pure(scene.prompt))
 
     def _queue(self) -> AbstractContextManager:
         """Where a GPU's work is queued, so that no two streams touch the same tensors unawares."""
@@ -235,21 +254,62 @@ class Engine:
                 check_captured(self.ops, used_operations(memories[0].policy.op))
             return DeviceLane(scheduler, config, memories, decoders, seeds, runtime)
 
-    def session(self, prompt: str, *, seed: int = 0, latents: torch.Tensor | None = None) -> Session:
-        """Open a live video. latents (frames, channels, height, width), if given, are its past (whole chunks).
+    def session(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        image: Pictures | None = None,
+        video: Pictures | None = None,
+    ) -> Session:
+        """Open a live video, which may have a past; frames of that are not given again, and indices go on after them.
 
+        latents: (frames, channels, height, width), whole chunks      image: (H, W, 3) uint8 RGB, or a file
+        video: (n, H, W, 3) uint8 RGB of any length, or a file      see `Past` for how pictures are fitted to chunks
         On a GPU, pages and captured graphs of a closed session serve the next one; they are let go where memory is
         short, and when the engine is closed.
+        Raises PromptError, ConfigError for a bad seed or past, OutputError for a file that cannot be read.
         """
         self._check_open()
         check_seed(seed)
+        given = [name for name, past in (("latents", latents), ("image", image), ("video", video)) if past is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are given; a session goes on from one of them")
+        pictures = Past(self.config, image=image, video=video) if given and latents is None else None
         (session,), _ = self._open([prompt], [seed])
-        if latents is not None:
-            try:
+        try:
+            if latents is not None:
                 session.prime(latents)
-            except BaseException:
-                session.close()
-                raise
+            if pictures is not None:
+                self._prime(session, pictures)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _prime(self, session: Session, pictures: Past) -> None:
+        """Encode pictures and give them to a session as its past, chunk by chunk."""
+        encoder = self.codec.encoder()
+        for frames in pictures.chunks():
+            with device_errors(self.config, self.device, self.dtype.itemsize):
+                latents = encoder.encode(frames)
+            session.prime(latents)
+
+    def resume(self, snapshot: Snapshot) -> Session:
+        """Open a session at a snapshot; it goes on bit for bit as the one that was taken would have.
+
+        Raises SnapshotError for a snapshot of another model or configuration, else as `session`.
+        """
+        self._check_open()
+        snapshot.check(self._made_for, {})
+        event, *_ = snapshot.about["director"]["script"]
+        (session,), _ = self._open([event["text"]], [snapshot.about["seed"]])
+        try:
+            session.rewind(snapshot)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def batch(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None) -> Batch:
@@ -270,7 +330,11 @@ class Engine:
         on_close = partial(self._on_close, lane, members)
         try:
             for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                sessions.append(Session(self.config, lane, self.encode_prompt, prompt, seed, on_close, place=place))
+                made = Session(
+                    self.config, lane, self._prompts, prompt, seed, on_close, place=place,
+                    made_for=self._made_for, resume=self.resume,
+                )  # fmt: skip
+                sessions.append(made)
                 members.add(sessions[-1])
                 self._sessions.add(sessions[-1])
         except BaseException as error:
@@ -296,21 +360,62 @@ class Engine:
         else:
             lane.close()  # nothing in it took time to make
 
-    def stream(self, prompt: str, *, seed: int = 0, num_frames: int | None = None) -> Iterator[Frame]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        num_frames: int | None = None,
+        image: Pictures | None = None,
+        video: Pictures | None = None,
+    ) -> Iterator[Frame]:
         """Yield frames as soon as each chunk is decoded, before its clean pass.
 
         num_frames: video frames, any positive number (natural lengths are 9 + 12 k); None never ends
+        image, video: what it goes on from, see `session`; not counted in num_frames
         The same seed gives the same frames whatever was streamed before. Closing the generator stops the work.
         Bad arguments raise at the call, not at the first frame.
         """
         check_num_frames(num_frames)
-        session = self.session(prompt, seed=seed)
+        session = self.session(prompt, seed=seed, image=image, video=video)
 
         def run() -> Iterator[Frame]:
             with session:
                 yield from session.frames(num_frames)
 
         return run()
+
+    def publish(
+        self,
+        prompt: str,
+        ring: str,
+        *,
+        seed: int = 0,
+        num_frames: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda text: None,
+        format: str = "rgba8",
+    ) -> Published:
+        """Play a new session into a frame ring until `num_frames` are out or `stop()` says so; returns the counts.
+
+        ring: its name, which programs open (docs/embed.md); it is made here and goes with the return
+        format: "rgba8" or "nv12"      say: told one sentence for each event of a program that makes no sense
+        Raises RingError where the ring cannot be made, and as `session`.
+        """
+        from cfengine.embed import Format, Ring
+        from cfengine.serve import Publisher
+
+        check_num_frames(num_frames)
+        names = {made.name.lower(): made for made in Format}
+        if format not in names:
+            raise ConfigError(f"unknown format {format!r}; choose one of {', '.join(names)}")
+        video = self.config.video
+        with self.session(prompt, seed=seed) as session:
+            chunk = self.config.memory.chunk_frames * video.temporal_stride
+            with Ring(
+                ring, video.width, video.height, fps=video.fps, format=names[format], slots=max(24, 2 * chunk)
+            ) as made:
+                return Publisher(session, made, say=say).run(num_frames=num_frames, stop=stop)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -321,6 +426,7 @@ class Engine:
         for session in list(self._sessions):
             session.close()
         self._idle.drop()
+        self._prompts.close()
         self._closed = True
         self.model = self.codec = self.text = self._scheduler = self._segments = self._runtime = None
 
@@ -331,57 +437,16 @@ class Engine:
         self.close()
 
 
-def _rounded(config: EngineConfig, backend: str) -> PrecisionConfig:
-    """What to round when the model is laid out: TensorRT rounds products by itself, from the weights as they are."""
-    if backend in ("tensorrt", "auto"):
-        return dataclasses.replace(config.precision, linears="bf16")
-    return config.precision
+def _projection(model: CausalDiT, device: torch.device | str) -> Callable[[Tensor], list[CrossCache]]:
+    """Rows of a prompt to keys and values. It holds the model and not the engine, which is free to be let go."""
+    return lambda rows: model.project_text(rows.to(device))
 
 
-def check_backend(backend: str, exported: str | Path | None = None) -> None:
-    """Raise ConfigError for a backend that there is not, or a folder that it does not read."""
-    if backend not in BACKENDS:
-        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if exported is not None and backend == "torch":
-        raise ConfigError(
-            f"backend 'torch' reads no export, but exported is {str(exported)!r}; choose 'onnxruntime' or 'tensorrt'"
-        )
+def _beside(config: EngineConfig, device: torch.device | str, dtype: torch.dtype, runtime: CudaRuntime | None):
+    """What runs the encoding of a prompt, in any thread, beside the passes of sessions."""
 
+    def run(work: Callable[[], list[CrossCache]]) -> list[CrossCache]:
+        with device_errors(config, device, dtype.itemsize), torch.inference_mode():
+            return runtime.aside(work) if runtime else work()
 
-def used_operations(rule: str) -> list[str]:
-    """Operations that a pass calls under a rule of the memory."""
-    rules = {"slow_fast_update", "slow_fast_paper_update", "slow_fast_diverse_update", "window_update"}
-    return [op for op in OPERATIONS if op == rule or op not in rules]
-
-
-def _device_type(device: torch.device | str) -> str:
-    """ "cpu" or "cuda"; ConfigError for anything else."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = str(device)
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"unknown device {str(device)!r}; choose cpu or cuda")
-    return kind
-
-
-def _text_encoder(config: EngineConfig, source: str, device: torch.device | str) -> TextEncoder:
-    """The encoder that `config.text` names; large ones are loaded when a prompt is not in the cache."""
-    if config.text == "tiny_world":
-        return TinyTextEncoder.from_file(source)
-    if config.text != "umt5":
-        raise ConfigError(f"unknown text encoder {config.text!r}; choose tiny_world or umt5")
-    model = config.model
-    return CachedTextEncoder.umt5(
-        source, cache_dir() / "prompts", device=device, text_dim=model.text_dim, text_len=model.text_len
-    )
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ConfigError(f"unknown dtype {dtype!r}; choose float32 or bfloat16")
-        return _DTYPES[dtype]
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ConfigError(f"dtype {dtype} is not supported; choose float32 or bfloat16")
-    return dtype
+    return run

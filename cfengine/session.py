@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig
 from cfengine.device import device_errors
-from cfengine.errors import CFEngineError, ConfigError
+from cfengine.errors import CFEngineError, ConfigError, SnapshotError
+from cfengine.events import Event, Prompt
 from cfengine.memory.memory import Memory
-from cfengine.model.dit import CrossCache
+from cfengine.scheduler.director import Director
 from cfengine.scheduler.lane import Chunk, Lane, Step
-from cfengine.scheduler.scenes import timeline
+from cfengine.scheduler.prompts import PromptCache
+from cfengine.snapshot import COUNTERS, SharedPages, Snapshot
 from cfengine.types import ChunkTimings, Frame
 
 
@@ -24,30 +27,36 @@ class Session:
     """A live video that goes on for as long as frames are asked for; made by `Engine.session`.
 
     A chunk's frames leave before its clean pass is through. On a CPU that pass runs when the next chunk is asked for,
-    so a stream that ends does not pay for it. Nothing grows with time. Not thread-safe: one consumer at a time.
+    so a stream that ends does not pay for it. Nothing grows with time. One consumer at a time; `push` may be called
+    from any thread beside it.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         lane: Lane,
-        encode: Callable[[str], list[CrossCache]],
+        prompts: PromptCache,
         prompt: str,
         seed: int,
         on_close: Callable[[Session], None] = lambda session: None,
         *,
         place: int = 0,
+        made_for: dict[str, Any] | None = None,
+        resume: Callable[[Snapshot], Session] | None = None,
     ) -> None:
-        """on_close: told once; whoever opened the lane has it back then      place: among the sessions of the lane."""
+        """on_close: told once; whoever opened the lane has it back then      place: among the sessions of the lane
+
+        made_for: what a snapshot that fits says of itself      resume: opens a session at one
+        """
         self.config, self.seed = config, seed
         self.latents: Tensor | None = None  # of the newest chunk: (chunk_frames, channels, height, width) float32
         self._lane: Lane | None = lane
-        self._place, self._encode, self._on_close = place, encode, on_close
+        self._place, self._on_close, self._resume = place, on_close, resume
         self._start = 0  # first latent frame of the next chunk
         self._index = 0  # next video frame
         self._chunks = 0  # chunks generated
-        self._text_seconds = 0.0
-        self.set_prompt(prompt)
+        self._director: Director | None = Director(config, prompts, prompt)
+        self._made_for, self._shared = made_for or {}, SharedPages()
 
     @property
     def memory(self) -> Memory:
@@ -57,20 +66,32 @@ class Session:
 
     @property
     def prompt(self) -> str:
-        """What the newest chunk shows, or the first will."""
-        return self._timeline.scenes[self._timeline.at(max(0, self._chunks - 1 - self._prompt_since))[0]].prompt
+        """What the newest chunk shows; before the first, what the session was opened with."""
+        self._check_open()
+        return self._director.prompt
 
-    def set_prompt(self, prompt: str) -> None:
-        """Change the prompt from the next chunk on: cross-attention only, the memory keeps what it has.
+    def push(self, event: Event, *, wait: bool = False) -> int:
+        """Tell the session something, from any thread; returns the event's number, 1, 2, ...
+
+        It counts from the next chunk on whose text is ready: text is encoded beside the chunks, none waits for it, and
+        events keep their order. wait=True encodes here, so that the next chunk shows this event and all before it:
+        what is shown then depends on the calls alone and not on the time that they take.
+        Frames say what they show (`Frame.last_event_id`) and `ChunkTimings.events` when; events of one edge count
+        together: the last prompt is shown, and the memory is flushed or computed again, once, where one of them asks.
+        Raises PromptError and ConfigError for what is known to be wrong, and CFEngineError where 256 events wait for a
+        consumer that asks for no chunk, with nothing changed. What turns out wrong later is raised once, by the next
+        chunk, which says the number, drops the event and leaves the session open.
+        """
+        director = self._director  # which a consumer may close meanwhile
+        self._check_open()
+        return director.push(event, at_once=wait)
+
+    def set_prompt(self, prompt: str, switch: str = "cross") -> int:
+        """Change the prompt from the next chunk on: `push(Prompt(prompt, switch), wait=True)`.
 
         Every scene is encoded here, so that no later chunk waits or fails.  Raises PromptError, with nothing changed.
         """
-        self._check_open()
-        began = time.perf_counter()
-        scenes = timeline(prompt, self.config)
-        caches = [self._encode(scene.prompt) for scene in scenes.scenes]
-        self._timeline, self._caches, self._prompt_since = scenes, caches, self._chunks
-        self._text_seconds += time.perf_counter() - began
+        return self.push(Prompt(prompt, switch), wait=True)
 
     def prime(self, latents: Tensor) -> None:
         """Take given latents as the past: clean passes over them, chunk by chunk, and through the decoder.
@@ -84,12 +105,64 @@ class Session:
             raise ConfigError(
                 f"latents to prime from are {tuple(latents.shape)}; give a multiple of {frames} frames of {shape}"
             )
-        scene, _ = self._timeline.at(max(0, self._chunks - self._prompt_since))
         with self._closing_on_error():
             for chunk in latents.to(self.memory.device, torch.float32).split(frames):
-                step = Step(self._start, self.seed, self._caches[scene])
+                step = Step(self._start, self.seed, self._director.keys)
                 self._index += self._lane.prime(step, chunk)
                 self._start += frames
+
+    def snapshot(self, *, device: torch.device | str | None = None) -> Snapshot:
+        """All that the session is now, as a value that does not change; the session goes on as if nothing had been.
+
+        device: where its tensors are kept (None: where the session's are). Pages that an earlier snapshot of this
+        session has there are shared with it, so that another one a chunk later takes as much as the chunk's pages.
+        A clean pass that is due runs first; the session closes if that fails. DeviceError where there is no room for
+        the copy, and the session stays open.
+        """
+        here = self._here()
+        pages = self.memory.pool.k
+        with device_errors(self.config, pages.device, pages.element_size()):
+            return dataclasses.replace(here, tensors=self._shared.taken(here.tensors, device))
+
+    def branch(self) -> Session:
+        """Another session that goes on from here with the same seed and the events that wait; a batch's is alone.
+
+        Given the same events both show the same, bit for bit.  Raises as `Engine.session` does.
+        """
+        here = self._here()
+        if self._resume is None:
+            raise CFEngineError("this session was not opened by an engine; branch sessions of Engine.session(...)")
+        return self._resume(here)
+
+    def rewind(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of this session, or of another that fits: frames, seed, prompts and events as then.
+
+        Events that wait are dropped for those that waited then; numbers of events are not given twice.
+        Raises SnapshotError for one that does not fit, and what encoding its prompts raises, with nothing changed. The
+        session closes if anything fails later.
+        """
+        snapshot.check(self._made_for, {f"memory.{name}": part.shape for name, part in self.memory.tensors().items()})
+        about, latents = snapshot.about, snapshot.tensors.get("latents")
+        self._director.restore(about["director"])
+        with self._closing_on_error():
+            self._shared.forget()
+            self._lane.restore(self._place, snapshot.tensors)
+        self.seed, self._start, self._index, self._chunks = (about[name] for name in COUNTERS)
+        self.latents = None if latents is None else latents.to(self.memory.device, copy=True)
+
+    def _here(self) -> Snapshot:
+        """A snapshot whose tensors are the session's own, and good until it does anything."""
+        self._check_open()
+        counters = zip(COUNTERS, (int(self.seed), self._start, self._index, self._chunks), strict=True)
+        latents = {} if self.latents is None else {"latents": self.latents}
+        with self._closing_on_error():
+            tensors = {**self._lane.state(self._place), **latents}
+        if not all(map(torch.is_tensor, tensors.values())):
+            raise SnapshotError(
+                "the decoder's past is not complete after a single latent frame; take the snapshot a chunk later, or "
+                "use chunks of at least 2 latent frames (MemoryConfig.chunk_frames)"
+            )
+        return Snapshot(self._made_for, {**dict(counters), "director": self._director.about()}, tensors)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -105,21 +178,21 @@ class Session:
     def next_chunk(self) -> list[Frame]:
         """Generate one chunk and return its frames (9 first, then 12, for a chunk of 3 latent frames).
 
-        Raises CFEngineError on a closed session.  Any failure or interruption inside closes the session: there is no
-        going on from half a chunk.
+        Raises CFEngineError on a closed session, and what an event pushed earlier turned out to be wrong with, see
+        `push`. Any failure or interruption of the work itself closes the session: there is no going on from half a
+        chunk.
         """
         self._check_open()
+        self._director.edge()
         with self._closing_on_error():
-            return self._generate()
-
-    def _generate(self) -> list[Frame]:
-        return self._accept(*self._lane.run([self._step()]))
+            return self._accept(*self._lane.run([self._step()]))
 
     def _step(self) -> Step:
         """What the lane shall make next."""
-        scene, opens = self._timeline.at(self._chunks - self._prompt_since)
-        cut = opens and self._timeline.scenes[scene].cut
-        return Step(self._start, self.seed, self._caches[scene], opens, cut)
+        keys, flush, recache, cut = self._director.take()
+        if recache:
+            self._shared.forget()
+        return Step(self._start, self.seed, keys, flush, cut, recache)
 
     def _accept(self, chunk: Chunk) -> list[Frame]:
         """Count a chunk that the lane has made."""
@@ -128,10 +201,11 @@ class Session:
             denoise=chunk.denoise,
             decode=chunk.decode,
             clean=chunk.clean,
-            text=self._text_seconds,
+            text=self._director.waited(),
             memory=chunk.events,
+            recache=chunk.recache,
+            events=self._director.receipts(),
         )
-        self._text_seconds = 0.0
         self.latents = chunk.latents
         self._start += self.config.memory.chunk_frames
         self._chunks += 1
@@ -140,7 +214,8 @@ class Session:
     def _wrap(self, pixels: np.ndarray, timings: ChunkTimings) -> list[Frame]:
         first, fps = self._index, self.config.video.fps
         self._index += len(pixels)
-        return [Frame(image, first + i, (first + i) / fps, timings) for i, image in enumerate(pixels)]
+        told = self._director.last_event_id, self._director.applied_at_chunk
+        return [Frame(image, first + i, (first + i) / fps, timings, *told) for i, image in enumerate(pixels)]
 
     def frames(self, num_frames: int | None = None) -> Iterator[Frame]:
         """Yield frames as chunks are decoded; None goes on for ever, any other number cuts the last chunk.
@@ -168,7 +243,7 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the session cannot be used afterwards. Closing twice is harmless."""
         if not self.closed:
-            self._lane, self._encode, self._caches = None, None, []
+            self._lane, self._director = None, None
             self._on_close(self)
 
     def __enter__(self) -> Session:
@@ -191,10 +266,12 @@ class Batch:
     def next_chunk(self) -> list[list[Frame]]:
         """Generate one chunk of every session; one list of frames a session, as `Session.next_chunk`.
 
-        Any failure closes all of them.
+        Any failure closes all of them, but for what is raised of an event, see `Session.push`.
         """
         for session in self.sessions:
             session._check_open()
+        for session in self.sessions:
+            session._director.edge()
         with closing_on_error(self.sessions):
             chunks = self._lane.run([session._step() for session in self.sessions])
             return [session._accept(chunk) for session, chunk in zip(self.sessions, chunks, strict=True)]

@@ -19,14 +19,35 @@ class LayerEvents:
 
 
 @dataclass(frozen=True)
+class Receipt:
+    """When an event of `Session.push` was heard, and when it was first seen; seconds of `time.monotonic()`.
+
+    pushed: `push` was called      applied: the chunk that shows it began      shown: its frames were in host memory
+    """
+
+    event_id: int
+    pushed: float
+    applied: float
+    shown: float
+
+    @property
+    def latency(self) -> float:
+        """Seconds from the call to the first frames that show the event, not counting how they come to a screen."""
+        return self.shown - self.pushed
+
+
+@dataclass(frozen=True)
 class ChunkTimings:
     """Seconds spent on one chunk, known when its frames left.
 
     `denoise` covers the denoise passes, `decode` the codec; `clean` is the clean pass of the *previous* chunk, since
-    frames leave before their own clean pass is through. `text` is the prompt encoding (first chunk of a prompt only).
+    frames leave before their own clean pass is through. `text` is the time that the session waited for a prompt's
+    encoding (first chunk of a prompt only; none where it was encoded beside the chunks).
     A CPU is timed by the clock. On a GPU its own events are read, `decode` counts the copy to host memory, and runs
     beside the clean pass of the same chunk, so that the parts add up to more than a chunk takes. `memory` is what
     happened since the frames before: in the clean pass of the previous chunk and the denoise passes of this one.
+    `recache` is what a switch of that name cost before the chunk. `events` are those that this chunk is the first to
+    show, in their order.
     """
 
     chunk: int
@@ -35,10 +56,12 @@ class ChunkTimings:
     clean: float = 0.0
     text: float = 0.0
     memory: LayerEvents = field(default_factory=LayerEvents)
+    recache: float = 0.0
+    events: tuple[Receipt, ...] = ()
 
     @property
     def total(self) -> float:
-        return self.denoise + self.decode + self.clean + self.text
+        return self.denoise + self.decode + self.clean + self.text + self.recache
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +70,13 @@ class Frame:
 
     pixels: (height, width, 3) uint8 RGB      index: 0, 1, 2, ... since the start of the session
     time: presentation time in seconds (index / fps)      timings: of the chunk this frame belongs to
+    last_event_id: of the newest event of `Session.push` that this frame shows, 0 where there was none
+    applied_at_chunk: the first chunk that shows it (`ChunkTimings.chunk`), None where there was none
     """
 
     pixels: np.ndarray
     index: int
     time: float
     timings: ChunkTimings
+    last_event_id: int = 0
+    applied_at_chunk: int | None = None

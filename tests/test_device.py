@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from cfengine.choices import used_operations
 from cfengine.config import PRECISIONS, MemoryConfig, preset
 from cfengine.device import check_device, check_fits, device_errors, page_bytes, remedies, slot_bytes
-from cfengine.engine import Engine, used_operations
+from cfengine.engine import Engine
 from cfengine.errors import ConfigError, DeviceError, KernelError
 from cfengine.ops import select
 from cfengine.scheduler.graphs import check_captured

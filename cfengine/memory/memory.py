@@ -79,13 +79,16 @@ class Memory:
         self.tables.reset()
         self.promotions.zero_()
 
-    def load(self, other: Memory) -> None:
-        """Take over the pages and tables of a memory of the same configuration, in place."""
-        pairs = [(self.pool.k, other.pool.k), (self.pool.v, other.pool.v), (self.promotions, other.promotions)]
-        if self.pool.k_scale is not None:
-            pairs += [(self.pool.k_scale, other.pool.k_scale), (self.pool.v_scale, other.pool.v_scale)]
-        for mine, theirs in (*pairs, *zip(self.tables.tensors(), other.tables.tensors(), strict=True)):
-            mine.copy_(theirs)
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name."""
+        return {**self.pool.tensors(), **self.tables.tensors(), "promotions": self.promotions}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over `tensors` of a memory of the same configuration, in place; a page alone is `k.<layer>.<page>`."""
+        own = self.tensors()
+        for name, theirs in tensors.items():
+            part, *place = name.split(".")
+            (own[part][int(place[0]), int(place[1])] if place else own[part]).copy_(theirs)
 
     def show(self, out: Shown | None = None) -> Shown:
         """Copy to host memory what the tables show; without waiting, where `out` lies in pinned memory."""
@@ -106,6 +109,12 @@ class Shown(NamedTuple):
     promotions: Tensor  # () int64, so far
     sources: Tensor  # (layers, slots) int32
     counts: Tensor  # (layers, 1) int32
+
+    def chunks(self, frames: int) -> dict[int, int]:
+        """First frames of the chunks of `frames` that are shown, in order, and how many layers show each."""
+        layers, sources = np.divmod(self._frames(), 1 << 40)
+        starts = np.unique((layers << 40) + sources // frames * frames) & ((1 << 40) - 1)
+        return dict(zip(*(array.tolist() for array in np.unique(starts, return_counts=True)), strict=True))
 
     def events_until(self, later: Shown) -> LayerEvents:
         """Promotions and evictions since; an eviction is a frame that no slot of its layer shows any more."""

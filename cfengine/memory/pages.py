@@ -40,12 +40,14 @@ class PagePool:
             return {}
         return {"k_scale": self.k_scale[layer], "v_scale": self.v_scale[layer]}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that pages hold, by name."""
+        named = {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     @property
     def bytes(self) -> int:
-        parts = [self.k.untyped_storage(), self.v.untyped_storage()]
-        if self.k_scale is not None:
-            parts += [self.k_scale.untyped_storage(), self.v_scale.untyped_storage()]
-        return sum(part.nbytes() for part in parts)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
 
 class Tables:
@@ -79,13 +81,14 @@ class Tables:
         self.layers = [LayerTable(*(tensor[layer] for tensor in self.stacked)) for layer in range(layers)]
         self.reset()
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Everything that a table says, for all layers."""
-        return (*self.stacked, self.ends, self.marked, self.descriptors)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a table says, for all layers, by name."""
+        more = {"ends": self.ends, "marked": self.marked, "descriptors": self.descriptors}
+        return {**self.stacked._asdict(), **more}
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        for tensor in self.tensors():
+        for tensor in self.tensors().values():
             tensor.zero_()
         self.stacked.sources.fill_(-1)
         self.stacked.similarity.fill_(float("nan"))

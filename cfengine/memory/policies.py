@@ -125,9 +125,14 @@ class Window:
         self._update(tables.layers[layer], tables.ends[layer], step.start_frame, self.rule, cut=step.cut)
 
     def flush(self, tables: Tables) -> None:
-        """Start a new scene (Infinity-RoPE): keep the first frame and the last two slots, forget the rest."""
+        """Start a new scene (Infinity-RoPE): keep the first frame and the last two, forget the rest.
+
+        Where the window is not full yet the original keeps its last two slots, which nothing has written.
+        """
+        kept = SCENE_FRAMES - 1
+        last = tables.ends.clamp_min(SCENE_FRAMES) - kept + torch.arange(kept, device=tables.ends.device)
         for rows in (tables.stacked.page_ids, tables.stacked.sources):
-            rows[:, 1:SCENE_FRAMES] = rows[:, 1 - SCENE_FRAMES :].clone()
+            rows[:, 1:SCENE_FRAMES] = rows.gather(1, last.long())
         tables.ends.fill_(SCENE_FRAMES)
         tables.stacked.count.fill_(SCENE_FRAMES)
 
@@ -141,6 +146,11 @@ _RULES = {
     "sink_window": Window,
     "relative_window": Window,
 }
+
+
+def flushes(config: MemoryConfig) -> bool:
+    """Whether a memory can be flushed in mid-stream: it is a window, and what stays fills its sink."""
+    return _RULES[config.policy] is Window and config.slots >= SCENE_FRAMES >= config.kept_sink
 
 
 def make_policy(config: MemoryConfig, ops: Ops) -> Policy:

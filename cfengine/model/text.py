@@ -180,6 +180,15 @@ class CachedTextEncoder:
 
         return cls(load, folder, identity=f"{identity_of(source)} {dtype}", text_dim=text_dim, text_len=text_len)
 
+    def check(self, prompt: str) -> None:
+        """Raise PromptError for an empty prompt, or one of so many words that it must be too long; loads nothing."""
+        least = len(clean(prompt).split()) + 1  # a token a word, and one for the end
+        if least > self.text_len:
+            raise PromptError(
+                f"the prompt has {least} tokens or more and the model reads {self.text_len}; shorten it by about "
+                f"{100 * (least - self.text_len) / least:.0f} %"
+            )
+
     def encode(self, prompt: str) -> Tensor:
         text = clean(prompt)
         path = self.path_of(text)

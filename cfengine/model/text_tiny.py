@@ -104,6 +104,12 @@ class TinyTextEncoder:
         """Write the table as float16 safetensors."""
         save_file({"table": self.table.half().contiguous()}, path, metadata={"concepts": " ".join(CONCEPTS)})
 
+    def check(self, prompt: str) -> None:
+        """Raise PromptError for a prompt that cannot be encoded."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notices come when it is encoded
+            concepts_of(prompt, self.text_len)
+
     def encode(self, prompt: str) -> torch.Tensor:
         """(n, text_dim) float32, one row a group; errors and notices as in `concepts_of`."""
         return self.table[[CONCEPTS.index(concept) for concept in concepts_of(prompt, self.text_len)]]

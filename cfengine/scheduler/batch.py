@@ -63,3 +63,8 @@ def joined(memories: list[Memory], starts, cuts, prompts):
     if len(memories) == 1:
         return memories[0], starts[0], cuts[0], prompts[0]
     return MemoryBatch(memories), starts, cuts, [tuple(caches) for caches in zip(*prompts, strict=True)]
+
+
+def alone(cross: list, sessions: int) -> list:
+    """A session's prompt, per layer, to a pass over that session only, by what makes passes over `sessions` of them."""
+    return cross if sessions == 1 else [(cache,) for cache in cross]

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cfengine.memory.kept import KeptLatents
 from cfengine.memory.memory import Memory
 from cfengine.memory.policies import Pass
+from cfengine.memory.replay import Replay
 from cfengine.model.dit import CausalDiT, CrossCache, Modulation
 from cfengine.ranges import span
 from cfengine.scheduler.sampler import Schedule
@@ -88,3 +90,15 @@ class ChunkScheduler:
         if flow is None:
             return None
         return flow, self.segments.ops.flow_to_x0(x0, flow, self.schedule.sigma(timestep))
+
+    @torch.inference_mode()
+    def recache(self, memory: Memory, cross: list[CrossCache], kept: KeptLatents) -> int:
+        """Compute again, under a prompt, the pages of all chunks whose latents are kept; -> number of passes.
+
+        One clean pass a chunk that any layer shows, the oldest first; see `Replay`.
+        """
+        replay = Replay(memory, kept.starts)
+        for start in replay.starts:
+            replay.begin(start)
+            self.clean_pass(replay, cross, start, kept.of(start))
+        return len(replay.starts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
+from cfengine.memory.kept import KeptLatents
 from cfengine.memory.memory import Memory, Shown
 from cfengine.ranges import span
+from cfengine.scheduler.batch import alone
 from cfengine.scheduler.chunk import ChunkScheduler
-from cfengine.scheduler.lane import Chunk, Step, check_steps
+from cfengine.scheduler.lane import Chunk, Step, check_steps, named, part_of, shown_in
 from cfengine.scheduler.program import ChunkProgram, DecodeProgram
 from cfengine.scheduler.sampler import counter_noise
 
@@ -24,6 +26,7 @@ from cfengine.scheduler.sampler import counter_noise
 class Marks:
     """Events of one chunk, in the order in which a GPU passes them; cleaned and decoded on two streams."""
 
+    opened: Any  # pages that a prompt asks for are computed again from here on
     began: Any
     denoised: Any
     taken: Any  # the decoder has its own copy of the latents
@@ -63,7 +66,7 @@ class HostBuffers:
 
     frames: list[Tensor]
     shown: list[Shown]
-    count: int = field(default=0)  # frames in use
+    counts: list[int]  # frames in use
 
 
 class DeviceLane:
@@ -85,12 +88,13 @@ class DeviceLane:
         runtime: Any,
     ) -> None:
         """seeds: see `expect`      runtime: a `CudaRuntime`, or what does without a GPU what it does."""
-        self.memories, self._runtime = memories, runtime
+        self.memories, self._runtime, self._scheduler = memories, runtime, scheduler
         video, frames = config.video, config.memory.chunk_frames
         self._frames = frames
         with runtime.on(runtime.compute), torch.inference_mode():
             self._program = program = ChunkProgram(scheduler, config, memories)
             self._run_denoise, self._run_clean = self._capture(program.denoise, program.clean, runtime.compute)
+            self._kept = [KeptLatents(config, memory.device) for memory in memories]
         with runtime.on(runtime.decoding), torch.inference_mode():
             parts = program.x0.chunk(len(memories))
             self._decode = [DecodeProgram(*pair) for pair in zip(decoders, map(torch.zeros_like, parts), strict=True)]
@@ -99,7 +103,7 @@ class DeviceLane:
         self._host = [self._host_buffers(shape) for _ in range(2)]
         noise = program.noise
         self._noise = NoiseAhead([runtime.pinned(tuple(noise.shape), noise.dtype) for _ in range(2)], frames)
-        self._marks = [Marks(*(runtime.event() for _ in range(5))) for _ in range(2)]
+        self._marks = [Marks(*(runtime.event() for _ in range(6))) for _ in range(2)]
         self.reset()
         self.expect(seeds)
 
@@ -120,9 +124,11 @@ class DeviceLane:
             for memory in self.memories:
                 memory.reset()
             self._shown = [memory.show() for memory in self.memories]
-        for prompt in self._program.prompts:
+        for prompt, kept in zip(self._program.prompts, self._kept, strict=True):
             prompt.forget()
-        self._chunks = 0  # launched, given ones included
+            kept.reset()
+        self._begun = [False] * len(self.memories)  # decoders that have a past
+        self._chunks = 0  # launched since, given ones included
         self._cleaned: Marks | None = None  # of the chunk before, if it was generated
 
     def expect(self, seeds: list[int]) -> None:
@@ -136,7 +142,7 @@ class DeviceLane:
     def _host_buffers(self, shape: tuple[int, ...]) -> HostBuffers:
         pinned = self._runtime.pinned
         shown = [Shown(*(pinned(tuple(t.shape), t.dtype) for t in memory.shown())) for memory in self.memories]
-        return HostBuffers([pinned(shape, torch.uint8) for _ in self.memories], shown)
+        return HostBuffers([pinned(shape, torch.uint8) for _ in self.memories], shown, [0] * len(self.memories))
 
     @torch.inference_mode()
     def run(self, steps: list[Step]) -> list[Chunk]:
@@ -146,7 +152,7 @@ class DeviceLane:
             latents = self._launch(steps)
             self._runtime.lend(latents)
             self._noise.draw([(step.seed, step.start + self._frames) for step in steps])
-            return self._collect(latents)
+            return self._collect(latents, any(step.recache for step in steps))
 
     def _launch(self, steps: list[Step]) -> Tensor:
         """Queue a chunk; returns its latents, (sessions * frames, channels, height, width), on the way."""
@@ -155,13 +161,17 @@ class DeviceLane:
         with runtime.on(runtime.compute):
             self._set(steps)
             program.noise.copy_(noise, non_blocking=True)
-            for memory, step in zip(self.memories, steps, strict=True):
+            marks.opened.record()
+            for place, step in enumerate(steps):
                 if step.opens:
-                    memory.flush()
+                    self.memories[place].flush()
+                if step.recache:
+                    self._recache(place)
             marks.began.record()
             with span("denoise"):
                 self._run_denoise()
             latents = program.x0.clone()
+            self._keep(steps)
             for memory, shown in zip(self.memories, host.shown, strict=True):
                 memory.show(shown)
             marks.denoised.record()
@@ -170,6 +180,17 @@ class DeviceLane:
             self._run_clean()
             marks.cleaned.record()
         return latents
+
+    def _recache(self, place: int) -> None:
+        """Compute a session's pages again, not from a graph: how many passes it takes differs. Waits for its tables."""
+        cross = alone(self._program.prompts[place].layers, len(self.memories))
+        self._scheduler.recache(self.memories[place], cross, self._kept[place])
+
+    def _keep(self, steps: list[Step]) -> None:
+        """Keep the latents of a chunk on the way; what the memory showed of the chunk before, the host knows."""
+        parts = self._program.x0.chunk(len(steps))
+        for kept, step, part, shown in zip(self._kept, steps, parts, self._shown, strict=True):
+            kept.put(step.start, part, shown)
 
     def _turn(self, back: int) -> Marks:
         return self._marks[(self._chunks - back) % 2]
@@ -189,24 +210,27 @@ class DeviceLane:
             for program, part in zip(self._decode, self._program.x0.chunk(len(self.memories)), strict=True):
                 program.latents.copy_(part)
             marks.taken.record()
-            for (first, later), place in zip(self._draw, host.frames, strict=True):
-                frames = later() if self._chunks else first()
-                host.count = len(frames)
-                place[: host.count].copy_(frames, non_blocking=True)
+            for place, (first, later) in enumerate(self._draw):
+                frames = later() if self._begun[place] else first()
+                self._begun[place], host.counts[place] = True, len(frames)
+                host.frames[place][: len(frames)].copy_(frames, non_blocking=True)
             marks.decoded.record()
 
-    def _collect(self, latents: Tensor) -> list[Chunk]:
+    def _collect(self, latents: Tensor, recached: bool) -> list[Chunk]:
         """Wait for the frames of the chunk just launched; its clean pass may go on."""
         marks, host, before = self._turn(0), self._host[self._chunks % 2], self._cleaned
         marks.decoded.synchronize()
         denoise, decode = _seconds(marks.began, marks.denoised), _seconds(marks.denoised, marks.decoded)
         clean = _seconds(before.denoised, before.cleaned) if before else 0.0
+        recache = _seconds(marks.opened, marks.began) if recached else 0.0
         events = [old.events_until(new) for old, new in zip(self._shown, host.shown, strict=True)]
-        pixels: list[np.ndarray] = [frames[: host.count].numpy().copy() for frames in host.frames]
+        pixels: list[np.ndarray] = [
+            frames[:count].numpy().copy() for frames, count in zip(host.frames, host.counts, strict=True)
+        ]
         self._shown, self._cleaned = host.shown, marks
         self._chunks += 1
-        parts = latents.chunk(len(self.memories))
-        return [Chunk(*each, denoise, decode, clean, event) for *each, event in zip(pixels, parts, events, strict=True)]
+        made = zip(pixels, latents.chunk(len(self.memories)), events, strict=True)
+        return [Chunk(*each, denoise, decode, clean, event, recache) for *each, event in made]
 
     @torch.inference_mode()
     def prime(self, step: Step, latents: Tensor) -> int:
@@ -217,6 +241,7 @@ class DeviceLane:
         with runtime.on(runtime.compute):
             self._set([step])
             self._program.x0.copy_(latents)
+            self._keep([step])
             marks.denoised.record()
         self._queue_decode(marks, host)
         with runtime.on(runtime.compute):
@@ -226,13 +251,33 @@ class DeviceLane:
         for event in (marks.decoded, marks.cleaned):
             event.synchronize()
         self._chunks, self._cleaned = self._chunks + 1, None
-        return host.count
+        return host.counts[0]
+
+    def state(self, place: int) -> dict[str, Tensor]:
+        """See `Lane.state`."""
+        self._wait()
+        past = self._decode[place].past if self._begun[place] else {}
+        return named(self.memories[place], self._kept[place], self._shown[place], past)
+
+    @torch.inference_mode()
+    def restore(self, place: int, state: dict[str, Tensor]) -> None:
+        """See `Lane.restore`."""
+        self._wait()
+        runtime, past = self._runtime, part_of(state, "decoder")
+        runtime.join()  # the state is the caller's
+        with runtime.on(runtime.compute):
+            self.memories[place].load(part_of(state, "memory"))
+            self._kept[place].load(part_of(state, "kept"))
+            self._decode[place].load({int(number): tensor for number, tensor in past.items()})
+        self._begun[place], self._cleaned = bool(past), None
+        self._shown = [shown_in(state) if i == place else shown for i, shown in enumerate(self._shown)]
+        self._wait()
 
     def close(self) -> None:
         """See `Lane.close`; what is still queued is waited for, since it reads what is let go."""
         with suppress(RuntimeError):  # a lost GPU has nothing left to wait for
             self._wait()
-        self.memories, self._decode, self._draw, self._program = [], [], [], None
+        self.memories, self._decode, self._draw, self._kept, self._program = [], [], [], [], None
         self._run_denoise = self._run_clean = None
 
 

@@ -35,12 +35,14 @@ class CudaRuntime:
 
     compute carries all passes of all sessions, one after the other, so that their graphs share one pool of scratch
     memory; decoding carries decoders and the copies to the host, beside the clean passes, before them where both wait.
+    Prompts are encoded on a third, from any thread.
     """
 
     def __init__(self, device: torch.device | str, *, graphs: bool = True) -> None:
         self.device, self.graphs = torch.device(device), graphs
         with torch.cuda.device(self.device):
             self.compute, self.decoding = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
+            self._prompts = torch.cuda.Stream()
             self._pools = {stream: torch.cuda.graph_pool_handle() for stream in (self.compute, self.decoding)}
             torch.cuda.synchronize()  # weights have arrived: every stream may read them
 
@@ -51,6 +53,15 @@ class CudaRuntime:
     def join(self) -> None:
         """Let compute wait for what the caller has queued on its own stream."""
         self.compute.wait_stream(torch.cuda.current_stream(self.device))
+
+    def aside(self, work: Callable[[], list[tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...]]:
+        """Do work beside all other work, and wait for it; its tensors are made for compute to read."""
+        with torch.cuda.stream(self._prompts):
+            made = work()
+        for tensor in {tensor for tensors in made for tensor in tensors}:
+            tensor.record_stream(self.compute)
+        self._prompts.synchronize()
+        return made
 
     def lend(self, tensor: Tensor) -> None:
         """Keep the memory of a tensor made on compute until what the caller queues on its own stream has read it."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
 from cfengine.errors import ConfigError
-from cfengine.memory.memory import Memory
+from cfengine.memory.kept import KeptLatents
+from cfengine.memory.memory import Memory, Shown
 from cfengine.model.dit import CrossCache
 from cfengine.ranges import span
-from cfengine.scheduler.batch import joined
+from cfengine.scheduler.batch import alone, joined
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import chunk_noise
 from cfengine.types import LayerEvents
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     cross: list[CrossCache]  # of its prompt, per layer
     opens: bool = False  # a scene begins
     cut: bool = False  # with a jump of temporal positions
+    recache: bool = False  # pages are computed again under this prompt first
 
 
 class Chunk(NamedTuple):
@@ -40,6 +42,7 @@ class Chunk(NamedTuple):
     decode: float
     clean: float
     events: LayerEvents
+    recache: float
 
 
 class Lane(Protocol):
@@ -55,9 +58,28 @@ class Lane(Protocol):
         """Take the latents of a chunk as given; returns how many video frames they stand for."""
         ...
 
+    def state(self, place: int) -> dict[str, Tensor]:
+        """All that a session has become, by name, not copied; everything that is due or queued is done first."""
+        ...
+
+    def restore(self, place: int, state: dict[str, Tensor]) -> None:
+        """Make a session what `state` of one of the same configuration said; done when this returns."""
+        ...
+
     def close(self) -> None:
         """Let go of pages and decoders."""
         ...
+
+
+def named(memory: Memory, kept: KeptLatents, shown: Shown, past: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The parts of a session's state under one roof: `part.name`.  past: of the decoder, by place"""
+    parts = {"memory": memory.tensors(), "kept": kept.tensors(), "shown": shown._asdict(), "decoder": past}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """What `named` was given as one part; keys of the decoder's are strings now."""
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
 
 
 def check_steps(steps: list[Step], sessions: int) -> None:
@@ -67,6 +89,11 @@ def check_steps(steps: list[Step], sessions: int) -> None:
             f"{len(steps)} session asks for a chunk, but it is one of a batch of {sessions} that move in lock-step; "
             "ask Batch.next_chunk"
         )
+
+
+def shown_in(state: dict[str, Tensor]) -> Shown:
+    """The point that events are counted from, in host memory."""
+    return Shown(**{name: tensor.to("cpu", copy=True) for name, tensor in part_of(state, "shown").items()})
 
 
 class HostLane:
@@ -79,17 +106,22 @@ class HostLane:
         self._scheduler, self._decoders = scheduler, decoders
         self._frames = config.memory.chunk_frames
         self._shape = config.model.in_channels, config.video.latent_height, config.video.latent_width
+        self._kept = [KeptLatents(config, memory.device) for memory in memories]
         self._owed: tuple[list[Step], Tensor] | None = None  # chunk whose clean pass is due
+        self._paid = 0.0  # seconds of a clean pass that ran since, before it was due
         self._shown = [memory.show() for memory in memories]
 
     def run(self, steps: list[Step]) -> list[Chunk]:
         """See `Lane.run`."""
         check_steps(steps, len(self.memories))
         with span("clean"):
-            clean = self._pay()
-        for memory, step in zip(self.memories, steps, strict=True):
+            clean, self._paid = self._paid + self._pay(), 0.0
+        paid = time.perf_counter()
+        for place, (memory, step) in enumerate(zip(self.memories, steps, strict=True)):
             if step.opens:
                 memory.flush()
+            if step.recache:
+                self._scheduler.recache(memory, alone(step.cross, len(steps)), self._kept[place])
         began = time.perf_counter()
         memory, start, cut, cross = self._joined(steps)
         with span("denoise"):
@@ -100,15 +132,18 @@ class HostLane:
             pixels = [decoder.decode(part) for decoder, part in zip(self._decoders, parts, strict=True)]
         decoded = time.perf_counter()
         self._owed = steps, x0
+        self._keep(steps, parts)
         seconds = denoised - began, decoded - denoised, clean
-        events = self._events()
-        return [Chunk(*shown, *seconds, event) for *shown, event in zip(pixels, parts, events, strict=True)]
+        recache = began - paid if any(step.recache for step in steps) else 0.0
+        made = zip(pixels, parts, self._events(), strict=True)
+        return [Chunk(*shown, *seconds, event, recache) for *shown, event in made]
 
     def prime(self, step: Step, latents: Tensor) -> int:
         """See `Lane.prime`."""
         check_steps([step], len(self.memories))
         self._pay()
         self._scheduler.clean_pass(self.memories[0], step.cross, step.start, latents)
+        self._keep([step], (latents,))
         self._events()
         return len(self._decoders[0].decode(latents))
 
@@ -117,6 +152,11 @@ class HostLane:
 
     def _noise(self, steps: list[Step], i: int) -> Tensor:
         return torch.cat([chunk_noise(step.seed, step.start, self._frames, i, self._shape) for step in steps])
+
+    @torch.inference_mode()
+    def _keep(self, steps: list[Step], parts: tuple[Tensor, ...]) -> None:
+        for kept, step, part, shown in zip(self._kept, steps, parts, self._shown, strict=True):
+            kept.put(step.start, part, shown)
 
     def _events(self) -> list[LayerEvents]:
         """What each memory did since this was last asked."""
@@ -134,6 +174,24 @@ class HostLane:
         self._owed = None
         return time.perf_counter() - began
 
+    def state(self, place: int) -> dict[str, Tensor]:
+        """See `Lane.state`; the clean pass that is owed runs now, and the next chunk does not pay for it again."""
+        self._paid += self._pay()
+        return named(self.memories[place], self._kept[place], self._shown[place], self._decoders[place].state)
+
+    @torch.inference_mode()
+    def restore(self, place: int, state: dict[str, Tensor]) -> None:
+        """See `Lane.restore`."""
+        if len(self.memories) > 1:
+            self._paid += self._pay()  # of the other sessions
+        self._owed = None
+        memory = self.memories[place]
+        memory.load(part_of(state, "memory"))
+        self._kept[place].load(part_of(state, "kept"))
+        self._shown[place] = shown_in(state)
+        past = part_of(state, "decoder").items()
+        self._decoders[place].state = {int(number): tensor.to(memory.device, copy=True) for number, tensor in past}
+
     def close(self) -> None:
         """See `Lane.close`."""
-        self.memories, self._decoders, self._owed = [], [], None
+        self.memories, self._decoders, self._kept, self._owed = [], [], [], None

@@ -95,7 +95,12 @@ class DecodeProgram:
     def __init__(self, decoder: StreamDecoder, latents: Tensor) -> None:
         """latents: (chunk_frames, channels, height, width), filled before each call."""
         self.latents, self._decoder = latents, decoder
-        self._past: dict[int, Any] = {}
+        self.past: dict[int, Tensor] = {}  # by place in the network
+
+    def load(self, past: dict[int, Tensor]) -> None:
+        """Take over the past of a decoder of the same shapes, in place; nothing where it has none."""
+        for place, tensor in past.items():
+            self.past[place].copy_(tensor)
 
     def first(self) -> Tensor:
         """Draw the first chunk of a stream: (frames, H, W, 3) uint8."""
@@ -103,19 +108,19 @@ class DecodeProgram:
 
     def later(self) -> Tensor:
         """Draw a chunk that follows another."""
-        return self._draw(dict(self._past))
+        return self._draw(dict(self.past))
 
     def _draw(self, past: dict[int, Any]) -> Tensor:
         self._decoder.state = past
         frames, left = self._decoder.draw(self.latents), self._decoder.state
-        if not self._past:
-            self._past = {place: tensor.clone() for place, tensor in left.items() if torch.is_tensor(tensor)}
+        if not self.past:
+            self.past = {place: tensor.clone() for place, tensor in left.items() if torch.is_tensor(tensor)}
         shapes = {place: getattr(tensor, "shape", None) for place, tensor in left.items()}
-        if shapes != {place: tensor.shape for place, tensor in self._past.items()}:
+        if shapes != {place: tensor.shape for place, tensor in self.past.items()}:
             raise ConfigError(
                 f"the decoder keeps {len(left)} parts of the past after a chunk of {len(self.latents)} latent frames, "
                 "not of the shapes that it kept before; decode chunks of at least 2 latent frames"
             )
-        for place, tensor in self._past.items():
+        for place, tensor in self.past.items():
             tensor.copy_(left[place])
         return frames

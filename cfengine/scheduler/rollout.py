@@ -86,6 +86,6 @@ class Rollout:
         self._settle()
         other = Rollout(*self._make)
         for mine, copy in zip(self.memories, other.memories, strict=True):
-            copy.load(mine)
+            copy.load(mine.tensors())
         other.latents, other._start, other._prompts = self.latents, self._start, self._prompts
         return other

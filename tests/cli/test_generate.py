@@ -85,6 +85,18 @@ def test_the_engine_behind_the_command(run, tmp_path, toy_engine):
     assert len(frames) == 14 and frames[0].shape == (64, 96, 3)
 
 
+def test_a_video_goes_on_from_a_file(run, tmp_path, fake_engine):
+    """The engine is told which, and the file holds what was made alone."""
+    engine = fake_engine()
+    asked = {}
+    stream = engine.stream
+    engine.stream = lambda prompt, video=None, **options: asked.update(video=video) or stream(prompt, **options)
+    (tmp_path / "in.mp4").write_bytes(b"a video")
+    result = run("generate", "a b", "--frames", "14", "--video", "in.mp4", engine=engine)
+    assert result.exit_code == 0, result.stderr
+    assert str(asked["video"]) == "in.mp4" and len(list(read_video(tmp_path / "out.mp4"))) == 14
+
+
 @pytest.mark.skipif(
     not (ROOT / "cfengine/weights/tiny-world/dit.safetensors").exists(), reason="tiny-world is not trained"
 )

@@ -35,6 +35,9 @@ pytestmark = pytest.mark.cpu
         (["hills", "--dtype", "int4"], ["'int4'", "float32"]),
         (["hills", "--precision", "int4"], ["'int4'", "bf16, fp8"]),
         (["hills", "--device", "tpu"], ["'tpu'", "cuda:N"]),
+        (["hills", "--image", "no.png"], ["--image no.png"]),
+        (["hills", "--video", "no.mp4"], ["--video no.mp4"]),
+        (["hills", "--video", "no.mp4", "--image", "no.png"], ["--image and --video"]),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_loads(run, tmp_path, arguments, words):

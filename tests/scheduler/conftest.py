@@ -99,7 +99,7 @@ def device_session(lane_of):
     """make(engine, prompt, seed) -> a Session that runs as on a GPU, but for capture."""
 
     def make(engine, prompt: str, seed: int = 0) -> Session:
-        return Session(engine.config, lane_of(engine)[0], engine.encode_prompt, prompt, seed)
+        return Session(engine.config, lane_of(engine)[0], engine._prompts, prompt, seed)
 
     return make
 

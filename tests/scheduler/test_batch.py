@@ -25,7 +25,7 @@ def batched(engine, lane_of) -> Batch:
     ops = dataclasses.replace(engine.ops, cross_attention=per_session(engine.ops))
     lane, _ = lane_of(engine, len(PROMPTS), engine._make_scheduler(ops))
     make = zip(PROMPTS, SEEDS, range(len(PROMPTS)), strict=True)
-    return Batch([Session(engine.config, lane, engine.encode_prompt, p, s, place=i) for p, s, i in make], lane)
+    return Batch([Session(engine.config, lane, engine._prompts, p, s, place=i) for p, s, i in make], lane)
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

@@ -73,7 +73,7 @@ def test_order_of_a_chunk(toy_engine, lane_of):
     """Passes, decoder, clean pass, then one wait: everything is queued before the host waits for frames."""
     engine = toy_engine()
     lane, runtime = lane_of(engine)
-    with Session(engine.config, lane, engine.encode_prompt, "a", 1) as session:
+    with Session(engine.config, lane, engine._prompts, "a", 1) as session:
         assert runtime.log == []
         session.next_chunk()
         session.next_chunk()

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from cfengine.config import POLICIES, EngineConfig, MemoryConfig, ModelConfig, VideoConfig, with_policy
+from cfengine.config import (
+    POLICIES,
+    EngineConfig,
+    MemoryConfig,
+    ModelConfig,
+    PrecisionConfig,
+    VideoConfig,
+    with_policy,
+)
+from cfengine.events import Prompt
 from cfengine.scheduler import graphs
+from cfengine.snapshot import Snapshot
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,8 +39,8 @@ EXACT = {"rtol": 0, "atol": 0}
 
 @pytest.fixture
 def gpu_engine(toy_engine):
-    def make(kernels=(), **options):
-        return toy_engine(dataclasses.replace(SMALL, kernels=kernels), device="cuda", dtype=torch.bfloat16, **options)
+    def make(kernels=(), config=SMALL, **options):
+        return toy_engine(dataclasses.replace(config, kernels=kernels), device="cuda", dtype=torch.bfloat16, **options)
 
     return make
 
@@ -87,11 +97,12 @@ def test_a_stream_is_close_to_the_cpu(gpu_engine, toy_engine):
 def test_three_chunks_without_waiting(gpu_engine, no_waiting):
     """Also the first one, also across a change of prompt; the wait for frames is on an event."""
     with gpu_engine().session("a b", seed=1) as session:
-        scenes = session._caches
-        session.set_prompt("c d e")
+        for prompt in ("c d e", "f"):
+            session.set_prompt(prompt)  # the text encoder may run on the host
+        session.push(Prompt("a b"))
         no_waiting(True)
         session.next_chunk()
-        session._caches = scenes  # what set_prompt does, but for the text encoder, which may run on the host
+        session.push(Prompt("c d e"))  # was encoded, so it counts from the next chunk on
         session.next_chunk()
         frames = session.next_chunk()
         no_waiting(False)
@@ -131,6 +142,59 @@ def test_a_lane_that_was_used_shows_what_a_new_one_shows(gpu_engine, monkeypatch
     pixels, latents = seen(None)
     assert torch.equal(latents, expected[1])
     assert all(np.array_equal(*pair) for pair in zip(pixels, expected[0], strict=True))
+
+
+@pytest.mark.parametrize("switch", ["recache", "blend(3)"])
+@pytest.mark.parametrize("policy", ["slow_fast", "slow_fast_diverse", "sink_window"])
+def test_switches_in_a_full_memory(gpu_engine, policy, switch):
+    memory = with_policy(MemoryConfig(slow=3), policy)
+    captured, eager = gpu_engine(memory=memory), gpu_engine(memory=memory, graphs=False)
+    with captured.session("a b", seed=5) as one, eager.session("a b", seed=5) as two:
+        for number in range(8):
+            if number == 5:
+                for session in (one, two):
+                    session.set_prompt("c d e", switch)
+            ours, theirs = one.next_chunk(), two.next_chunk()
+            torch.testing.assert_close(one.latents, two.latents, **EXACT)
+            assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
+            assert (ours[0].timings.recache > 0) == (switch == "recache" and number == 5)
+
+
+@pytest.mark.parametrize("pages", ["bf16", "fp8"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_stream_goes_on_from_a_snapshot(gpu_engine, tmp_path, device, pages):
+    """Rewound, branched and resumed from a file, on lanes new and used: bit for bit."""
+    config = dataclasses.replace(SMALL, precision=PrecisionConfig(pages=pages), memory=MemoryConfig(slow=3))
+    engine = gpu_engine(config=config)
+    with engine.session("a b", seed=5) as session:
+        for _ in range(5):
+            session.next_chunk()
+        session.set_prompt("c", "blend(4)")
+        session.next_chunk()
+        snapshot = session.snapshot(device=device)
+        snapshot.save(tmp_path / "snapshot")
+        branch = session.branch()
+        expected = [frame.pixels for _ in range(4) for frame in session.next_chunk()]
+        session.rewind(snapshot)
+        again = engine.resume(Snapshot.load(tmp_path / "snapshot", device=device))
+        for each in (session, branch, again):
+            found = [frame.pixels for _ in range(4) for frame in each.next_chunk()]
+            assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+            each.close()
+
+
+def test_text_is_encoded_while_graphs_are_captured_and_replayed(gpu_engine):
+    """Keys and values of a thread of its own are those of the caller's, and disturb nothing."""
+    quiet, busy = gpu_engine(), gpu_engine()
+    words = [f"{a} {b}" for a in "abcdefgh" for b in "klmnopqr"]
+    for prompt in words:
+        busy.prefetch(prompt)
+    with busy.session("a b", seed=5) as one, quiet.session("a b", seed=5) as two:
+        for prompt in words[:4]:
+            for session in (one, two):
+                session.set_prompt(prompt)
+            ours, theirs = one.next_chunk(), two.next_chunk()
+            assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_library_attention_is_captured_once_for_every_number_of_slots(gpu_engine):

@@ -123,7 +123,7 @@ def test_an_idle_lane_holds_no_prompt(device_engine):
     with engine.session("a") as session:
         session.next_chunk()
         prompts = session._lane._program.prompts
-        assert prompts[0]._held is session._caches[0]
+        assert prompts[0]._held is session._director.keys
     assert prompts[0]._held is None
 
 

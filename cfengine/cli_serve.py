@@ -1,0 +1,77 @@
+"""The serve command: a live session in a frame ring, until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cfengine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    ring: str
+    prompt: str
+    model: str
+    seconds: float | None
+    seed: int
+    device: str
+    dtype: str | None
+    threads: int | None
+    format: str
+
+
+def run(request: Request) -> int:
+    """Serve until the time is over or a signal comes; the exit code."""
+    with Engine.from_pretrained(
+        request.model, device=request.device, dtype=request.dtype, threads=request.threads
+    ) as engine:
+        video = engine.config.video
+        frames = None if request.seconds is None else max(1, round(request.seconds * video.fps))
+        say(
+            f"ring {request.ring}: {video.width}x{video.height}, {video.fps} frames/s, {request.format}; Ctrl-C ends it"
+        )
+        say(f"look at it with csrc/client/samples/sdl (docs/hosts.md): build/view/cfengine_view {request.ring}")
+        with stopping() as stop:
+            done = engine.publish(
+                request.prompt,
+                request.ring,
+                seed=request.seed,
+                num_frames=frames,
+                stop=stop.is_set,
+                say=say,
+                format=request.format,
+            )
+    say(f"{done.frames} frames, {done.late} of {done.chunks} chunks late, {done.events} events, {done.refused} refused")
+    return 0
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, which is how serving ends; the second of them ends the process at once."""
+    stop, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def receive(number: int, _frame: object) -> None:
+        stop.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in numbers:
+        signal.signal(number, receive)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """Tell the user, on standard error."""
+    sys.stderr.write(text + "\n")

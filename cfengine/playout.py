@@ -1,0 +1,241 @@
+"""A clock between a session, which makes chunks, and a display, which wants one frame now.
+
+A thread makes chunks ahead of what is shown, and not further than `lead`: what a user does reaches the picture only
+after the frames that are made already. The display asks for the frame of a time and never waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cfengine.errors import ConfigError
+from cfengine.types import Frame
+
+LATE = ("repeat", "drop")  # what happens to frames that were not there in time
+
+
+class Source(Protocol):
+    """What makes frames; a `Session` is one."""
+
+    def next_chunk(self) -> list[Frame]:
+        """Frames of the next chunk, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a display shows.
+
+    due: when it was meant to be seen, in seconds of the clock      repeated: a later frame is due and not there yet
+    cut: frames between this one and the one before were left out
+    """
+
+    frame: Frame
+    due: float
+    repeated: bool = False
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class PlayoutStats:
+    """Counts since the beginning.
+
+    shown: different frames      missed: times that a frame was due and not there      dropped: frames never shown
+    stalled: seconds for which the last frame stood in for one that was due
+    ready: frames that wait      level: of effort, 0 is full
+    """
+
+    shown: int
+    missed: int
+    dropped: int
+    stalled: float
+    ready: int
+    level: int
+
+
+class Governor:
+    """When to spend less on a chunk, and when to come back: by what chunks take against what they show.
+
+    costs: relative cost of a chunk at each level, full effort first
+    """
+
+    PATIENCE = 2  # chunks in a row that take too long before effort goes down
+    RECOVERY = 8  # chunks in a row that would have fitted at the level above before effort goes up
+    HEADROOM = 0.85  # share of its time that a chunk may take at the level that is gone back to
+
+    def __init__(self, costs: Sequence[float]) -> None:
+        if not costs or any(later >= earlier for earlier, later in zip(costs, costs[1:], strict=False)):
+            raise ConfigError(f"costs of effort are {list(costs)}; give at least one, each lower than the one before")
+        self.costs, self.level = list(costs), 0
+        self._slow = self._fast = 0
+
+    def saw(self, took: float, lasts: float) -> int:
+        """Count a chunk that took `took` seconds and shows for `lasts`; returns the level for the next one."""
+        self._slow = self._slow + 1 if took > lasts else 0
+        above = self.costs[self.level - 1] / self.costs[self.level] if self.level else float("inf")
+        self._fast = self._fast + 1 if took * above <= self.HEADROOM * lasts else 0
+        if self._slow >= self.PATIENCE and self.level + 1 < len(self.costs):
+            self._move(1)
+        elif self._fast >= self.RECOVERY:
+            self._move(-1)
+        return self.level
+
+    def _move(self, by: int) -> None:
+        self.level += by
+        self._slow = self._fast = 0
+
+
+class Playout:
+    """Frames of a source in time, made ahead by a thread of its own.
+
+    with Playout(session) as play:
+        while running:
+            shown = play.at(next_display_time)
+
+    `at` and `stats` may be called from any one thread while the playout runs; the source belongs to the playout's.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        fps: float,
+        lead: int = 1,
+        late: str = "repeat",
+        efforts: Sequence[tuple[float, Callable[[], None]]] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """fps: frames a second of the clock
+
+        lead: chunks that may be ready or in the making behind the one that is shown
+        late: "repeat" holds the last frame and the clock waits for the next; "drop" leaves out what came too late
+        efforts: (relative cost, what sets it) of the levels to fall back to, full effort first
+        """
+        if late not in LATE:
+            raise ConfigError(f"late is {late!r}; choose one of {', '.join(LATE)}")
+        if not fps > 0 or lead < 1:
+            raise ConfigError(f"fps is {fps} and lead {lead}; give a rate above 0 and a lead of at least 1 chunk")
+        self._source, self._period, self._lead, self._late, self._clock = source, 1 / fps, lead, late, clock
+        self._governor = Governor([cost for cost, _ in efforts] or [1.0])
+        self._efforts = [apply for _, apply in efforts]
+        self._ready: deque[Frame] = deque()
+        self._current: Frame | None = None
+        self._due = self._current_due = 0.0  # of the first frame that is ready or to come, and of the one shown
+        self._starved_at: float | None = None
+        self._cut = False
+        self._shown = self._missed = self._dropped = 0
+        self._stalled = 0.0
+        self._error: BaseException | None = None
+        self._wake = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="cfengine playout", daemon=True)
+
+    # the display's side
+
+    def at(self, when: float | None = None) -> Shown | None:
+        """The frame to show at a time of the clock (now, if None); None before the first is there. Never waits.
+
+        Times may not go back. Raises what the source raised, once what it had made before is shown.
+        """
+        with self._wake:
+            when = self._clock() if when is None else when
+            if self._current is None:
+                if not self._ready:
+                    self._raise()
+                    return None
+                self._due = when
+            repeated = self._advance(when)
+            cut, self._cut = self._cut, False
+            self._wake.notify_all()
+            return Shown(self._current, self._current_due, repeated, cut)
+
+    def _advance(self, when: float) -> bool:
+        """Go on to the last frame that is due; whether one is due that is not there."""
+        moved = 0
+        while self._ready and self._due <= when:
+            self._current, self._current_due = self._ready.popleft(), self._due
+            self._due += self._period
+            moved += 1
+        if moved:
+            self._shown += 1
+            self._dropped += moved - 1
+            self._cut |= moved > 1
+        if self._ready or when < self._due:
+            return False
+        self._raise()
+        if self._starved_at is None:
+            self._starved_at = self._due
+            self._missed += 1
+        return True
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def stats(self) -> PlayoutStats:
+        """Counts so far."""
+        with self._wake:
+            return PlayoutStats(
+                self._shown, self._missed, self._dropped, self._stalled, len(self._ready), self._governor.level
+            )
+
+    # the thread that makes chunks
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stopped or self._waiting_chunks() < self._lead)
+                    if self._stopped:
+                        return
+                began = self._clock()
+                frames = self._source.next_chunk()
+                level = self._governor.level
+                if self._governor.saw(self._clock() - began, len(frames) * self._period) != level:
+                    self._efforts[self._governor.level]()
+                with self._wake:
+                    self._accept(frames)
+        except BaseException as error:  # the display is told; this thread has nobody to tell
+            with self._wake:
+                self._error = error
+
+    def _waiting_chunks(self) -> int:
+        """Chunks of which nothing was shown yet."""
+        shown = self._current.timings.chunk if self._current else None
+        return len({frame.timings.chunk for frame in self._ready} - {shown})
+
+    def _accept(self, frames: list[Frame]) -> None:
+        """Queue a chunk. If an event shows in it for the first time, what is ready from before the event goes."""
+        newest = self._ready[-1] if self._ready else self._current
+        if newest is not None and frames[0].last_event_id != newest.last_event_id:
+            self._dropped += len(self._ready)
+            self._cut |= bool(self._ready)
+            self._ready.clear()
+        self._ready.extend(frames)
+        if self._starved_at is not None:
+            now = self._clock()
+            self._stalled += max(0.0, now - self._starved_at)
+            self._starved_at = None
+            if self._late == "repeat":
+                self._due = max(self._due, now)
+
+    def __enter__(self) -> Playout:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop once the chunk in the making is done; the source is the caller's again. Harmless twice."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()

@@ -1,0 +1,156 @@
+"""A session played into a frame ring: frames in time for programs of any language, and their events back."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cfengine.embed import (
+    ActionEvent,
+    Event,
+    Flags,
+    PauseEvent,
+    PromptEvent,
+    ResetEvent,
+    ResumeEvent,
+    Ring,
+    State,
+    now_ns,
+)
+from cfengine.errors import CFEngineError
+from cfengine.events import Prompt
+from cfengine.session import Session
+from cfengine.steering import TURN, steered
+from cfengine.types import Frame
+
+POLL = 0.004  # seconds between two looks at the events while nothing is due
+EARLIEST = 0.1  # seconds before its time that a chunk is begun at least
+
+
+@dataclass(frozen=True)
+class Published:
+    """Counts of a publisher. late: chunks whose first frame came after its time; refused: events that made no sense."""
+
+    frames: int
+    chunks: int
+    late: int
+    events: int
+    refused: int
+
+
+class Publisher:
+    """Makes chunks of a session just before they are to be seen, and puts their frames into a ring.
+
+    A chunk is begun when what is published lasts no longer than twice what the slowest of the last chunks took, so that
+    an event waits for as little as possible; never more than `lead` chunks ahead. Where chunks come too late, the clock
+    waits for them. PROMPT events become prompts, ACTION events of code 1 turn the camera, PAUSE, RESUME and RESET do
+    what they say, and others are counted as refused. RESET goes back to where the session was when this was made.
+    """
+
+    def __init__(self, session: Session, ring: Ring, *, lead: int = 1, say: Callable[[str], None] = lambda text: None):
+        """say: told one sentence for each event that is refused"""
+        self._session, self._ring, self._lead, self._say = session, ring, lead, say
+        self._period = 1 / session.config.video.fps
+        self._begin, self._first = session.snapshot(), session.prompt
+        self._prompt = self._first
+        self._paused = self._cut = False
+        self._next = 0.0  # when the next frame is to be seen
+        self._took: deque[float] = deque([EARLIEST / 2], maxlen=8)
+        self._told: deque[tuple[int, int]] = deque()  # events of the ring, and the session's that stand for them
+        self._event, self._applied = 0, 0
+        self._frames = self._chunks = self._late = self._events = self._refused = 0
+
+    def run(self, *, num_frames: int | None = None, stop: Callable[[], bool] = lambda: False) -> Published:
+        """Publish until `num_frames` are out or `stop()` says so. Raises what closes the session; the ring then says
+        ERROR, else PAUSED or RUNNING as it was.
+        """
+        self._next = time.monotonic() + self._ahead()
+        self._ring.state = State.RUNNING
+        try:
+            while not stop() and (num_frames is None or self._frames < num_frames):
+                for event in self._ring.events():
+                    self._hear(event)
+                if self._paused or self._next - time.monotonic() > self._ahead():
+                    self._ring.beat()
+                    time.sleep(POLL)
+                else:
+                    self._chunk(None if num_frames is None else num_frames - self._frames)
+        except BaseException as error:
+            self._ring.state = State.ENDED if isinstance(error, KeyboardInterrupt) else State.ERROR
+            raise
+        return Published(self._frames, self._chunks, self._late, self._events, self._refused)
+
+    def _ahead(self) -> float:
+        """Seconds before its time that a chunk is begun."""
+        config = self._session.config
+        chunk = config.memory.chunk_frames * config.video.temporal_stride * self._period
+        return min(max(EARLIEST, 2 * max(self._took)), self._lead * chunk)
+
+    def _chunk(self, most: int | None) -> None:
+        began = time.monotonic()
+        try:
+            frames = self._session.next_chunk()
+        except CFEngineError as error:
+            if self._session.closed:
+                raise
+            self._refuse(f"{error}")  # of an event whose text could not be encoded
+            return
+        self._took.append(time.monotonic() - began)
+        self._chunks += 1
+        if time.monotonic() > self._next:
+            self._late += self._frames > 0
+            self._next = time.monotonic()
+        for frame in frames[:most]:
+            self._publish(frame)
+
+    def _publish(self, frame: Frame) -> None:
+        while self._told and self._told[0][1] <= frame.last_event_id:
+            self._event, self._applied = self._told.popleft()[0], frame.timings.chunk
+        flags, self._cut = Flags.DISCONTINUITY if self._cut else Flags.NONE, False
+        self._ring.publish(
+            frame.pixels,
+            pts_ns=now_ns() + round(1e9 * (self._next - time.monotonic())),
+            chunk=frame.timings.chunk,
+            last_event_id=self._event,
+            applied_at_chunk=self._applied,
+            flags=flags,
+        )
+        self._next += self._period
+        self._frames += 1
+
+    def _hear(self, event: Event) -> None:
+        """Do what an event of the ring asks for."""
+        self._events += 1
+        known = self._told[-1][1] if self._told else 0
+        if isinstance(event, PromptEvent):
+            known = self._show(event.text) or known
+        elif isinstance(event, ActionEvent) and event.code == TURN:
+            known = self._show(steered(self._prompt, event.value)) or known
+        elif isinstance(event, PauseEvent | ResumeEvent):
+            if self._paused and isinstance(event, ResumeEvent):
+                self._next = time.monotonic() + self._ahead()
+            self._paused = isinstance(event, PauseEvent)
+            self._ring.state = State.PAUSED if self._paused else State.RUNNING
+        elif isinstance(event, ResetEvent):
+            self._session.rewind(self._begin)
+            self._prompt, self._cut = self._first, True
+            self._told, known = deque((number, 0) for number, _ in self._told), 0  # nothing of them is left to wait for
+        else:
+            self._refuse(f"event {event.id} of the ring is {event}; this model takes prompts and action {TURN}")
+        self._told.append((event.id, known))
+
+    def _show(self, text: str) -> int:
+        """Change the prompt; the session's number of that, 0 where it cannot be."""
+        try:
+            number = self._session.push(Prompt(text))
+        except CFEngineError as error:
+            self._refuse(str(error))
+            return 0
+        self._prompt = text
+        return number
+
+    def _refuse(self, why: str) -> None:
+        self._refused += 1
+        self._say(why)

@@ -1,0 +1,73 @@
+"""The window of `cfengine play`, on SDL's driver without a display."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cfengine import Engine
+from cfengine.cli import app
+from cfengine.cli_play import Key, Player, scripted
+from cfengine.errors import ConfigError
+
+pytestmark = pytest.mark.cpu
+
+
+def test_a_window_shows_the_stream(tmp_path, monkeypatch) -> None:
+    """The window at the end holds one of the session's frames, each pixel three times both ways."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    out = tmp_path / "window.png"
+    given = ["play", "pan right, meadow", "--seed", "5", "--threads", "1", "--scale", "3", "--frames", "14"]
+    result = CliRunner().invoke(app, [*given, "--screenshot", str(out)])
+    assert result.exit_code == 0, result.output
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    assert picture.shape == (3 * 64, 3 * 96, 3)
+    with Engine.from_pretrained("tiny-world", threads=1) as engine:
+        frames = [frame.pixels for frame in engine.stream("pan right, meadow", seed=5, num_frames=33)]
+    shown = [np.array_equal(picture, frame.repeat(3, 0).repeat(3, 1)) for frame in frames]
+    assert any(shown[13:])
+
+
+def test_keys_steer_type_keep_and_go_back() -> None:
+    with Engine.from_pretrained("tiny-world", threads=1) as engine, engine.session("pan right, meadow") as session:
+        player = Player(session)
+        try:
+            player.press(Key("left"))
+            assert player.prompt == "pan left, meadow"
+            for key in (Key("tab"), *(Key("x", letter) for letter in "snow, hold!"), Key("backspace"), Key("left")):
+                player.press(key)
+            assert player.title == "prompt: snow, hold_"
+            player.press(Key("return"))
+            assert player.prompt == "snow, hold" and player.typed is None
+            player.press(Key("s"))
+            player.press(Key("right"))
+            assert player.prompt == "pan right, snow"
+            player.press(Key("b"))
+            assert player.prompt == "snow, hold"
+            player.press(Key("r"))
+            assert player.prompt == "pan right, meadow" == session.prompt
+            for key in (Key("tab"), *(Key("x", letter) for letter in "zzz"), Key("return")):
+                player.press(key)
+            assert "no word of the prompt" in player.said and not session.closed
+            player.press(Key("space"))
+            assert player.look() is None and "paused" in player.title
+            player.press(Key("escape"))
+            assert player.over
+        finally:
+            player.close()
+
+
+def test_without_a_display_it_says_how(monkeypatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("cfengine.config.sys.platform", "linux")
+    result = CliRunner().invoke(app, ["play", "--threads", "1"])
+    assert result.exit_code == 2 and "xvfb-run" in result.output
+
+
+def test_keys_of_a_script() -> None:
+    assert scripted(("3:left", "3:s", "9:escape")) == {3: ["left", "s"], 9: ["escape"]}
+    with pytest.raises(ConfigError, match="FRAME:KEY"):
+        scripted(("left",))

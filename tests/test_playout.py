@@ -1,0 +1,162 @@
+"""The playout clock: a fake source whose chunks the test lets out, and a fake clock."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from cfengine.errors import ConfigError
+from cfengine.playout import Governor, Playout
+from cfengine.types import ChunkTimings, Frame
+
+pytestmark = pytest.mark.cpu
+
+
+class Source:
+    """Chunks of four frames, each as soon as the test allows it."""
+
+    def __init__(self) -> None:
+        self.made, self.event, self.error = 0, 0, None
+        self.allowed, self.waiting = threading.Semaphore(0), threading.Semaphore(0)
+
+    def next_chunk(self) -> list[Frame]:
+        self.waiting.release()
+        self.allowed.acquire()
+        if self.error:
+            raise self.error
+        timings, first = ChunkTimings(chunk=self.made, denoise=0.0, decode=0.0), 4 * self.made
+        self.made += 1
+        pixels = np.zeros((1, 1, 3), np.uint8)
+        return [Frame(pixels, first + i, 0.0, timings, self.event, None) for i in range(4)]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def source():
+    made = Source()
+    yield made
+    made.allowed.release(1000)  # a thread that waits for a chunk can end
+
+
+def let(source: Source, play: Playout, chunks: int = 1) -> None:
+    """Let chunks out, and wait until they are queued."""
+    for _ in range(chunks):
+        before = source.made
+        source.allowed.release()
+        while source.made == before:
+            time.sleep(0.001)
+    until(lambda: play.stats().ready > 0)
+
+
+def until(what, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
+
+
+def indices(play: Playout, clock: Clock, steps: int, by: float) -> list[int | None]:
+    seen = []
+    for _ in range(steps):
+        shown = play.at()
+        seen.append(shown and shown.frame.index)
+        clock.now += by
+    return seen
+
+
+def test_frames_come_at_their_rate_whatever_the_display_does(source) -> None:
+    """Ten frames a second on a display of 25: each is shown for two or three looks, and none is missed."""
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        assert play.at() is None
+        let(source, play)
+        assert indices(play, clock, 8, 0.04) == [0, 0, 0, 1, 1, 2, 2, 2]
+        stats = play.stats()
+        assert (stats.shown, stats.missed, stats.dropped) == (3, 0, 0)
+
+
+def test_it_makes_no_more_than_one_chunk_ahead(source) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        time.sleep(0.05)
+        assert source.waiting.acquire(timeout=1) and not source.waiting.acquire(blocking=False)
+        play.at()  # the first frame is shown: the chunk after it may be made
+        assert source.waiting.acquire(timeout=5)
+        let(source, play)
+        time.sleep(0.05)
+        assert not source.waiting.acquire(blocking=False) and play.stats().ready == 7
+
+
+@pytest.mark.parametrize(("late", "next_frame", "dropped"), [("repeat", 4, 0), ("drop", 6, 2)])
+def test_a_late_chunk_is_waited_for_or_left_out(source, late: str, next_frame: int, dropped: int) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, late=late, clock=clock) as play:
+        let(source, play)
+        assert indices(play, clock, 4, 0.1) == [0, 1, 2, 3]
+        first, again = play.at(), play.at()
+        assert first.repeated and again.repeated and first.frame.index == 3
+        clock.now += 0.25  # two frames and a half too late
+        let(source, play)
+        shown = play.at()
+        assert (shown.frame.index, shown.repeated, shown.cut) == (next_frame, False, dropped > 0)
+        stats = play.stats()
+        assert (stats.missed, stats.dropped) == (1, dropped) and stats.stalled == pytest.approx(0.25)
+
+
+def test_what_an_event_changed_is_shown_at_once(source) -> None:
+    """Frames from before it that are ready are left out, and the picture says that it jumps."""
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        assert play.at().frame.index == 0
+        source.event = 1
+        let(source, play)
+        clock.now += 0.1
+        shown = play.at()
+        assert shown.frame.index == 4 and shown.cut and play.stats().dropped == 3
+        clock.now += 0.1
+        assert not play.at().cut
+
+
+def test_what_the_source_raises_reaches_the_display_after_the_last_frame(source) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        source.error = ValueError("broken")
+        source.allowed.release()
+        assert indices(play, clock, 4, 0.1) == [0, 1, 2, 3]
+        until(lambda: not play._thread.is_alive())
+        with pytest.raises(ValueError, match="broken"):
+            play.at()
+        assert play.at().repeated, "it is raised once"
+
+
+def test_effort_goes_down_when_chunks_are_late_and_comes_back(source) -> None:
+    governor = Governor([5, 4, 3])
+    assert [governor.saw(1.1, 1.0) for _ in range(6)] == [0, 1, 1, 2, 2, 2]
+    # at 3 of 5, half of the time: 0.67 at the level above would fit, eight times in a row
+    assert [governor.saw(0.5, 1.0) for _ in range(9)] == [2] * 7 + [1, 1]
+    assert [governor.saw(0.7, 1.0) for _ in range(20)] == [1] * 20, "0.875 of the time leaves too little room"
+    assert [governor.saw(1.1, 1.0), governor.saw(0.9, 1.0), governor.saw(1.1, 1.0)] == [1, 1, 1], "not in a row"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"late": "wait"}, "repeat, drop"), ({"fps": 0}, "above 0"), ({"lead": 0}, "at least 1 chunk")],
+)
+def test_what_cannot_be_is_said(source, options: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Playout(source, **{"fps": 10, **options})
+    with pytest.raises(ConfigError, match="lower than the one before"):
+        Governor([3, 3])

@@ -1,0 +1,98 @@
+"""A session in a frame ring, read by the C client; and what actions make of prompts."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+
+import numpy as np
+import pytest
+
+from cfengine import Engine
+from cfengine.embed import (
+    ActionEvent,
+    Format,
+    PauseEvent,
+    Policy,
+    PromptEvent,
+    Reader,
+    ResetEvent,
+    ResumeEvent,
+    Ring,
+    State,
+)
+from cfengine.errors import ConfigError
+from cfengine.serve import Publisher
+from cfengine.steering import steered
+
+EVENTS = ActionEvent(9, 1.0), ActionEvent(1, -1.0), PromptEvent("night, hold")  # the first means nothing here
+
+pytestmark = [pytest.mark.cpu, pytest.mark.embed]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine.from_pretrained("tiny-world", threads=1) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turn", "expected"),
+    [
+        ("pan right over a desert at sunset", -1, "pan left, a desert at sunset"),
+        ("a desert, panning to the left, fog", 0.5, "pan right, a desert, fog"),
+        ("hold, snow", 1, "pan right, snow"),
+        ("pan right", 0, "hold"),
+        ("turn left over holdings of a panda", 0, "hold, holdings of a panda"),
+    ],
+)
+def test_a_turn_changes_the_words_of_the_camera_alone(prompt: str, turn: float, expected: str) -> None:
+    assert steered(prompt, turn) == expected
+
+
+def test_frames_events_and_counts(engine) -> None:
+    """A reader gets the session's own frames in order; what it pushes shows, with the ring's numbers."""
+    name, seen = f"test-{uuid.uuid4().hex[:8]}", []
+    expected = [frame.pixels for frame in engine.stream("pan right, meadow", seed=3, num_frames=21)]
+    with engine.session("pan right, meadow", seed=3) as session, Ring(name, 96, 64, fps=16, slots=64) as ring:
+        publisher, done, stop = Publisher(session, ring), [], threading.Event()
+        thread = threading.Thread(target=lambda: done.append(publisher.run(stop=stop.is_set)))
+        with Reader(name) as reader:
+            thread.start()
+            try:
+                while len(seen) < 21:
+                    with reader.acquire(policy=Policy.NEXT, timeout=10) as frame:
+                        seen.append((frame.id, frame.pts_ns, frame.planes[0][..., :3].copy()))
+                numbers = [reader.push(event) for event in EVENTS]
+                last = None
+                while last is None or last[0] < numbers[-1]:
+                    with reader.acquire(policy=Policy.NEXT, timeout=10) as frame:
+                        last = frame.last_event_id, frame.applied_at_chunk, frame.chunk
+                assert last[1] == last[2] > 1
+                reader.push(PauseEvent())
+                while reader.state().state is not State.PAUSED:
+                    pass
+                reader.push(ResetEvent())
+                reader.push(ResumeEvent())
+                cut = False
+                while not cut:
+                    with reader.acquire(policy=Policy.NEXT, timeout=10) as frame:
+                        cut, again, chunk = bool(frame.flags & 2), frame.planes[0][..., :3].copy(), frame.chunk
+            finally:
+                stop.set()
+                thread.join()
+    assert [number for number, _, _ in seen] == list(range(1, 22))
+    assert all(map(np.array_equal, (pixels for *_, pixels in seen), expected))
+    steps = np.diff([pts for _, pts, _ in seen])
+    assert np.all(steps > 0) and abs(np.median(steps) / 62.5e6 - 1) < 0.02  # a sixteenth of a second, by two clocks
+    assert np.array_equal(again, expected[0]) and chunk == 0, "reset: the same stream from its beginning"
+    assert (done[0].events, done[0].refused) == (6, 1)
+
+
+def test_an_engine_publishes_and_says_what_cannot_be(engine) -> None:
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    done = engine.publish("hold, desert", name, num_frames=12, format="nv12")
+    assert (done.frames, done.chunks) == (12, 2)
+    with pytest.raises(ConfigError, match="rgba8, nv12"):
+        engine.publish("hold, desert", name, format="jpeg")
+    assert Format.NV12 == 2
