@@ -15,7 +15,8 @@ chunk by chunk through the engine's own passes and memory. Stage 1 rolls out as 
 reaches; stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range
 that grows. `window` chunks at a random place of it are judged, or all of them. In the other batches the context is the
 truth, or what the student's last pass makes of the noised truth, and that pass is also held to the truth, without which
-colours pale.
+colours pale. Where the renderer knows what the context shows already, every pass is held to that: what can be copied is
+no matter of taste, and the judges' noise alone would blur it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cfengine.scheduler.rollout import Rollout
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import draw_sigmas, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember, window
+from cfengine.training.lookup import BLOCKS, seen_columns, shown_columns
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
 from cfengine.training.recycle import corrupt
@@ -163,11 +165,13 @@ class Distillation:
         measures = {"gradient": number(gradient.abs().mean())}
         redrawn = None
         if anchored:
-            last = self.redrawn(own, truth)
+            last, held = self.redrawn(own, truth, shown_in(own, batch.yaws, first), draw)
             anchor = (last - truth).square().mean()
-            (settings.anchor * anchor).backward()
+            (settings.anchor * (anchor + held)).backward()
             redrawn, measures["anchor"] = latents.clone(), number(anchor)
             redrawn[:, judged] = last.detach()
+            if batch.yaws is not None:
+                measures["held"] = number(held)
         self.student.advance()
         for _ in range(settings.critic_steps):  # under the context as the critic saw it first: no gradient goes there
             loss = critic_loss(critic, seen[0], x0.detach(), draw)
@@ -181,12 +185,33 @@ class Distillation:
         count = min(self.settings.window or chunks, chunks)
         return (int(draw.integers(chunks - count + 1)) if count < chunks else 0), count
 
-    def redrawn(self, own: Context, truth: Tensor) -> Tensor:
-        """True chunks (B, C, ...) as the student's last pass redraws them; carries the gradient."""
-        level = self.levels[-1].item()
-        noisy = ((1 - level) * truth + level * torch.randn_like(truth))[None]
-        sigma = torch.full(noisy.shape[:3], level, device=truth.device)
-        return (noisy - level * guess(self.student.world, own, noisy, sigma, grad=True))[0]
+    def redrawn(
+        self, own: Context, truth: Tensor, shown: Tensor | None, draw: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """True chunks (B, C, ...) as the student's last pass redraws them, and how far off a pass before is where the
+        context shows what to draw; both carry the gradient.
+
+        shown: as `shown_columns`; None: nobody knows
+        """
+        sigma = self.levels[-1].expand(1, *truth.shape[:2])
+        if shown is not None:
+            earlier = self.levels[torch.from_numpy(draw.integers(len(self.levels) - 1, size=truth.shape[:2]))]
+            sigma = torch.cat([sigma, earlier[None]])
+        sigma = sigma.to(truth.device)
+        noise = torch.randn(len(sigma), *truth.shape, device=truth.device)
+        noisy = (1 - spread(sigma)) * truth + spread(sigma) * noise
+        x0 = noisy - spread(sigma) * guess(self.student.world, own, noisy, sigma, grad=True)
+        if shown is None:
+            return x0[0], truth.new_zeros(())
+        mask = shown[:, :, :, None, None].expand_as(truth)
+        return x0[0], ((x0[1] - truth).square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def shown_in(context: Context, yaws: Tensor | None, first: int) -> Tensor | None:
+    """What `context`, that of chunks from `first` on, shows of them already; yaws (B, C, c) of the whole sequence."""
+    if yaws is None:
+        return None
+    return shown_columns(seen_columns(yaws)[0], context.layers[BLOCKS[1] % len(context.layers)], first)
 
 
 def horizon(settings: Student, share: float, common: np.random.Generator) -> int:

@@ -88,6 +88,21 @@ def seen_columns(yaws: Tensor) -> tuple[Tensor, Tensor]:
     return columns, returning
 
 
+def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
+    """1 where a column of a chunk stands in a page that the chunk sees: (B, chunks of `pages`, c, VIEW).
+
+    columns: (B, C, c, VIEW) of the whole sequence, of which `pages` may be those of chunks from `first` on
+    """
+    B, C, slots = pages.ids.shape
+    width = columns.shape[-1]
+    seen = columns.reshape(-1, width)[pages.ids]  # (B, C, slots, VIEW)
+    there = ~pages.hidden.view(B, C, slots, -1)[..., :1].expand(-1, -1, -1, width)
+    shown = torch.zeros(B, C, COLUMNS, device=columns.device)
+    shown = shown.scatter_reduce(-1, seen.flatten(2), there.flatten(2).to(shown), "amax")
+    own = columns[:, first : first + C]
+    return shown.gather(-1, own.flatten(2)).view(own.shape)
+
+
 class Teaching:
     """Collects the loss of attention of the blocks that are taught, as `flow_from` calls it block by block."""
 

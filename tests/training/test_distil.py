@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def batch(chunks: int = 3) -> Batch:
     torch.manual_seed(7)
     video = CONFIG.video
     shape = (2, chunks, CONFIG.memory.chunk_frames, 16, video.latent_height, video.latent_width)
-    return Batch(torch.randn(shape), torch.randint(12, (2, chunks, 4)), torch.zeros(2, chunks, 3))
+    return Batch(torch.randn(shape), torch.randint(12, (2, chunks, 4)), None)
 
 
 @pytest.fixture
@@ -111,6 +112,23 @@ def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
     student, critic = work.student.world.state_dict()[name], work.critic.world.state_dict()[name]
     assert not torch.equal(student, before[name]) and not torch.equal(critic, before[name])
     assert work.critic.step == 5 and work.student.step == 1
+
+
+def test_what_the_context_shows_is_held_to_the_truth() -> None:
+    """Chunks at one place show what the one before showed; at places apart nothing but the last pass is held."""
+    config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=32))
+    teacher = world(0).requires_grad_(False)
+    work = distil.Distillation(teacher, None, config, Student())
+    shape, prompts = (1, 3, 3, 16, 4, 12), torch.randint(12, (1, 3, 4))
+    for move, known in ((0, True), (20, False)):
+        yaws = (move * torch.arange(3)).view(1, 3, 1).expand(1, 3, 3)
+        given = Batch(torch.randn(shape), prompts, yaws)
+        own, *_ = work.contexts(given.latents, prompts)
+        shown = distil.shown_in(own, yaws, 0)
+        assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
+        assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
+        last, held = work.redrawn(own, given.latents, shown, np.random.default_rng(0))
+        assert last.requires_grad and (held > 0) == known
 
 
 def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:

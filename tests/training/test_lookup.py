@@ -73,6 +73,21 @@ def test_attention_learns_from_its_loss_alone() -> None:
     assert last is None or last.abs().max() == 0  # nothing that is taught comes after it
 
 
+def test_what_pages_show_is_known() -> None:
+    """Four chunks of one frame at columns 0, 6, 12 and 3; chunk 3 sees frames 0 and 2 of them, slot 1 is empty."""
+    yaws = torch.tensor([0, 6, 12, 3]).view(1, 4, 1)
+    columns, _ = lookup.seen_columns(yaws)
+    ids = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 2]])[None]
+    hidden = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]]).bool()
+    pages = Pages(torch.empty(0), torch.empty(0), hidden.repeat_interleave(2, -1)[:, None, None], ids)
+    shown = lookup.shown_columns(columns, pages)[0, :, 0]
+    assert shown[0].sum() == 0
+    assert shown[1].tolist() == [1] * (VIEW - 6) + [0] * 6
+    assert shown[3].tolist() == [1.0] * VIEW, "0 to 11 and 12 to 23 hold 3 to 14"
+    cut = Pages(pages.keys, pages.values, pages.hidden[3:], ids[:, 3:])
+    assert torch.equal(lookup.shown_columns(columns, cut, 3)[0, 0, 0], shown[3])
+
+
 def test_what_does_not_return_is_held_to_what_the_teacher_knew() -> None:
     """Where nothing is seen again, a copy of the teacher has nothing to learn, and another world has."""
     world, draw = World(CONFIG.model), np.random.default_rng(0)
