@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 
 from cfengine import Engine
 from cfengine.bench.records import record, write
+from cfengine.errors import CFEngineError
 from cfengine.training import measure, world
 from cfengine.training.data import camera_script
 
@@ -149,9 +151,9 @@ def collect(engine: Engine, seeds: Iterable[int], seconds: float, say=lambda tex
     return dict(totals)
 
 
-def collect_alone(seeds: list[int], seconds: float) -> dict[str, list]:
+def collect_alone(seeds: list[int], seconds: float, model: str) -> dict[str, list]:
     """`collect` in a process of one thread with its own engine."""
-    with Engine.from_pretrained("tiny-world", threads=1) as engine:
+    with Engine.from_pretrained(model, threads=1) as engine:
         return collect(engine, seeds, seconds, say)
 
 
@@ -203,6 +205,7 @@ def missed(values: dict[str, float]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write records, and exit with 1 where a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m cfengine.bench.world", description=__doc__)
+    parser.add_argument("--model", default="tiny-world", help="preset or folder; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -210,15 +213,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+    try:
+        with Engine.from_pretrained(options.model, threads=1):
+            pass  # a name that is none is said here, and not by every process
+    except CFEngineError as error:
+        say(f"error: {error}")
+        return 1
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         parts = [seeds[i :: options.processes] for i in range(options.processes)]
-        done = list(pool.map(collect_alone, parts, [options.seconds] * len(parts)))
+        done = list(pool.map(partial(collect_alone, model=options.model), parts, [options.seconds] * len(parts)))
     names = {name for part in done for name in part}
     values = summary({name: [entry for part in done for entry in part.get(name, [])] for name in names})
     for name, value in values.items():
         sys.stdout.write(f"{name:32s} {value:8.3f}\n")
     if options.json:
-        config = {"model": "tiny-world", "seeds": options.seeds, "seconds": options.seconds}
+        config = {"model": options.model, "seeds": options.seeds, "seconds": options.seconds}
         write(options.json, records(values, config))
     problems = missed(values)
     for sentence in problems:
