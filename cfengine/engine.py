@@ -31,6 +31,7 @@ from cfengine.ranges import spanned
 from cfengine.scheduler.batch import per_session
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.device_lane import DeviceLane
+from cfengine.scheduler.director import first_text
 from cfengine.scheduler.graphs import CudaRuntime, check_captured
 from cfengine.scheduler.idle import IdleLanes
 from cfengine.scheduler.lane import HostLane, Lane
@@ -302,9 +303,8 @@ class Engine:
         Raises SnapshotError for a snapshot of another model or configuration, else as `session`.
         """
         self._check_open()
-        snapshot.check(self._made_for, {})
-        event, *_ = snapshot.about["director"]["script"]
-        (session,), _ = self._open([event["text"]], [snapshot.about["seed"]])
+        snapshot.check_made_for(self._made_for)
+        (session,), _ = self._open([first_text(snapshot.about["director"])], [snapshot.about["seed"]])
         try:
             session.rewind(snapshot)
         except BaseException:

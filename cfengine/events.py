@@ -9,7 +9,7 @@ from cfengine.errors import ConfigError, PromptError
 
 SWITCHES = ("cross", "flush", "recache", "blend(n)")
 BLEND_LIMIT = 16  # chunks; the keys and values of every step are made before the first
-_BLEND = re.compile(r"blend\((\d+)\)")
+_BLEND = re.compile(r"blend\(([0-9]{1,4})\)")
 
 
 @dataclass(frozen=True)

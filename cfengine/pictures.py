@@ -36,6 +36,11 @@ class Past:
             raise ConfigError(f"{'neither' if image is None else 'both'} of image and video given; give one of them")
         self._source = video if image is None else image
         self._single = image is not None
+        if not isinstance(self._source, Pictures):
+            raise ConfigError(
+                f"the {'image' if self._single else 'video'} to go on from is a {type(self._source).__name__}; give an "
+                "array of uint8 or the path of a file"
+            )
         if isinstance(self._source, np.ndarray):
             _check("image" if self._single else "video", self._source)
         self._config = config

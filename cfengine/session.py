@@ -141,14 +141,17 @@ class Session:
         Raises SnapshotError for one that does not fit, and what encoding its prompts raises, with nothing changed. The
         session closes if anything fails later.
         """
-        snapshot.check(self._made_for, {f"memory.{name}": part.shape for name, part in self.memory.tensors().items()})
+        self._check_open()
+        parts = self._lane.parts(self._place)
+        snapshot.check(self._made_for, parts, (self.config.memory.chunk_frames, *self._latent_shape))
         about, latents = snapshot.about, snapshot.tensors.get("latents")
+        snapshot.check_tables(self.memory)
         self._director.restore(about["director"])
         with self._closing_on_error():
             self._shared.forget()
             self._lane.restore(self._place, snapshot.tensors)
+            self.latents = None if latents is None else latents.to(self.memory.device, copy=True)
         self.seed, self._start, self._index, self._chunks = (about[name] for name in COUNTERS)
-        self.latents = None if latents is None else latents.to(self.memory.device, copy=True)
 
     def _here(self) -> Snapshot:
         """A snapshot whose tensors are the session's own, and good until it does anything."""

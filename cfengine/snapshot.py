@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +23,14 @@ from torch import Tensor
 from cfengine.config import EngineConfig
 from cfengine.errors import OutputError, SnapshotError
 
+if TYPE_CHECKING:
+    from cfengine.memory.memory import Memory
+
 FORMAT = 1
 COUNTERS = ("seed", "start", "index", "chunks")  # first latent frame, video frame and chunk to come
 POOL = ("memory.k", "memory.v", "memory.k_scale", "memory.v_scale")  # (layers, pages, ...), whole or page by page
 _KEY = "cfengine snapshot"
+_PAST = re.compile(r"decoder\.[0-9]{1,6}")  # a part of the decoder's past, which differs from codec to codec
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +50,8 @@ class Snapshot:
         """Size of its tensors, those that it shares with other snapshots of its session included."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def check(self, wanted: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
-        """Raise SnapshotError unless an engine of `made_for(...) == wanted`, and of these tensors, can take it."""
+    def check_made_for(self, wanted: dict[str, Any]) -> None:
+        """Raise SnapshotError unless it is of an engine of `made_for(...) == wanted`, with counters and a script."""
         for name in sorted(wanted.keys() | self.made_for.keys()):
             has, wants = self.made_for.get(name), wanted.get(name)
             if has != wants:
@@ -54,44 +59,69 @@ class Snapshot:
                     f"the snapshot was made with {name} {has!r} and this engine has {wants!r}; resume it with the "
                     "model and configuration that made it"
                 )
-        wrong = [] if {"director", *COUNTERS} <= self.about.keys() else ["counters"]
-        whole = {name: shape for name, shape in shapes.items() if name not in POOL or name in self.tensors}
-        wrong += [name for name, shape in whole.items() if self._shape(name) != shape]
-        wrong = wrong or [name for name, shape in self._pages(shapes) if shape is None or self._shape(name) != shape]
+        counts = [self.about.get(name) for name in COUNTERS]
+        if not all(type(count) is int and 0 <= count < 2**64 for count in counts):
+            raise _not_whole(["counters"])
+        if not isinstance(self.about.get("director"), dict):
+            raise _not_whole(["director"])
+
+    def check(self, wanted: dict[str, Any], parts: dict[str, Tensor], latents: tuple[int, ...]) -> None:
+        """`check_made_for`, and raise SnapshotError unless its tensors are those of such a session.
+
+        parts: see `Lane.parts`      latents: shape of a chunk's
+        """
+        self.check_made_for(wanted)
+        forms = {name: _form(part) for name, part in parts.items() if name not in POOL or name in self.tensors}
+        wrong = [name for name, form in forms.items() if self._form(name) != form]
+        pages = {} if wrong else dict(self._pages(parts))
+        wrong += [name for name, form in pages.items() if form is None or self._form(name) != form]
+        if "latents" in self.tensors and self._form("latents") != (latents, torch.float32):
+            wrong.append("latents")
+        known = forms.keys() | pages.keys() | {"latents"}
+        past = {name for name in self.tensors if _PAST.fullmatch(name)}
+        wrong = wrong or sorted(self.tensors.keys() - known - past)
         if wrong:
-            raise SnapshotError(
-                f"the snapshot is not whole ({', '.join(wrong[:3])} missing or mis-shaped); take it again"
-            )
+            raise _not_whole(wrong)
 
-    def _shape(self, name: str) -> torch.Size | None:
-        return self.tensors[name].shape if name in self.tensors else None
+    def check_tables(self, memory: Memory) -> None:
+        """Raise SnapshotError where tables say what those of a memory of the same shapes cannot say."""
+        tables = {name: self.tensors[f"memory.{name}"] for name in memory.tables.tensors()}
+        wrong = memory.misfits(tables, self.about["start"])
+        if wrong:
+            raise _not_whole([f"memory.{name}" for name in wrong])
 
-    def _pages(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Size | None]]:
-        """(name, shape) of every page that must be there; no shape where no memory has such a page."""
+    def _form(self, name: str) -> tuple | None:
+        return _form(self.tensors[name]) if name in self.tensors else None
+
+    def _pages(self, parts: dict[str, Tensor]) -> Iterator[tuple[str, tuple | None]]:
+        """(name, form) of every page that must be there; no form where no memory has such a page."""
         for name in POOL:
-            if name in shapes and name not in self.tensors:
+            whole = parts.get(name)
+            if whole is not None and name not in self.tensors:
                 for layer, page, _ in shown_pages(self.tensors):
-                    yield f"{name}.{layer}.{page}", shapes[name][2:] if page < shapes[name][1] else None
+                    fits = page < whole.shape[1]
+                    yield f"{name}.{layer}.{page}", (tuple(whole.shape[2:]), whole.dtype) if fits else None
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; it appears whole or not at all.  Raises OutputError where it cannot be written."""
         path = Path(path)
         header = json.dumps({"format": FORMAT, "made_for": self.made_for, "about": self.about})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-        partial = None
+        partial: Path | None = None
         try:
             with tempfile.NamedTemporaryFile(dir=path.absolute().parent, suffix=".partial", delete=False) as file:
                 partial = Path(file.name)
             save_file(tensors, partial, metadata={_KEY: header})
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            if partial is not None:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
             raise OutputError(
                 f"the snapshot of {self.bytes} bytes cannot be written to {path} ({error}); free space or choose "
                 "another place"
             ) from error
+        finally:  # also where the user interrupts
+            if partial is not None:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Snapshot:
@@ -102,14 +132,18 @@ class Snapshot:
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+                header = header if isinstance(header, dict) else {}
                 if header.get("format") != FORMAT:
                     raise SnapshotError(
                         f"{path} is {_described(header.get('format'))} and this version of cfengine reads snapshots of "
                         f"format {FORMAT}; take it again with this version"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return cls(header["made_for"], header["about"], tensors)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+                about = {name: header[name] for name in ("made_for", "about")}
+                if not all(isinstance(part, dict) for part in about.values()):
+                    raise ValueError("what it is about is no table")
+                return cls(**about, tensors=tensors)
+        except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise SnapshotError(f"the snapshot {path} cannot be read ({error}); it is missing or damaged") from error
 
 
@@ -163,6 +197,14 @@ def shown_pages(state: dict[str, Tensor]) -> list[tuple[int, int, int]]:
 
 def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device or tensor.device).copy_(tensor)
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _not_whole(names: list[str]) -> SnapshotError:
+    return SnapshotError(f"the snapshot is not whole ({', '.join(names[:3])} missing or mis-shaped); take it again")
 
 
 def _described(form: Any) -> str:

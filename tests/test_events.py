@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -141,6 +142,10 @@ def test_what_is_known_to_be_wrong_is_refused_at_the_call(toy_engine):
             session.set_prompt("x " * 13)
         with pytest.raises(ConfigError, match="unknown switch 'melt'; choose one of cross, flush, recache, blend"):
             session.set_prompt("b", "melt")
+        with pytest.raises(ConfigError, match="'b' is no event"):
+            session.push("b")
+        with pytest.raises(ConfigError, match="unknown switch"):
+            Prompt("b", f"blend({'9' * 5000})")  # more digits than Python makes an int of
         for n in (0, 17):
             with pytest.raises(ConfigError, match=f"lasts {n} chunks; choose 1 to 16"):
                 Prompt("b", f"blend({n})")
@@ -233,6 +238,86 @@ def test_a_cache_keeps_the_latest_in_its_bytes(toy_engine, monkeypatch):
         engine.encode_prompt(prompt)
     assert list(engine._prompts._made) == [pure("e f"), pure("a b"), pure("g h")]
     assert engine.encode_prompt("a b") is keys
+
+
+def test_a_prompt_that_is_only_asked_for_stays_in_use(toy_engine, monkeypatch):
+    """As one that a program pushes again and again."""
+    engine = toy_engine()
+    keys = engine.encode_prompt("left")
+    monkeypatch.setattr(prompts_module, "KEPT_BYTES", 2 * sum(cache.k.nbytes + cache.v.nbytes for cache in keys))
+    for other in "abc":
+        engine.prefetch("left")
+        engine.encode_prompt(other)
+    assert engine.encode_prompt("left") is keys
+
+
+def test_what_is_kept_waits_for_no_other_encoding(toy_engine, monkeypatch):
+    engine = toy_engine()
+    keys = engine.encode_prompt("known")
+    gate = Gate(engine, monkeypatch)
+    try:
+        engine.prefetch("slow")
+        assert gate.waits.wait(30)
+        found: list = []
+        thread = threading.Thread(target=lambda: found.append(engine.encode_prompt("known")), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert found == [keys]
+    finally:
+        gate.open.set()
+
+
+def test_a_blend_that_the_cache_cannot_hold_is_made_once(toy_engine, monkeypatch):
+    """`set_prompt` makes every step, and no edge after it makes one again."""
+    engine = toy_engine()
+    with engine.session("a", seed=1) as session:
+        monkeypatch.setattr(prompts_module, "KEPT_BYTES", 1)  # one prompt is kept
+        session.set_prompt("b", "blend(4)")
+        monkeypatch.setattr(engine._prompts, "now", None)
+        for _ in range(5):
+            assert told(session.next_chunk()) == (1, 0)
+
+
+def test_blends_that_overtake_blends_for_ever_do_not_grow(toy_engine):
+    engine = toy_engine()
+    words = [f"{a}{b}" for a in "abcdef" for b in "abcdefgh"]
+    with engine.session("a", seed=1) as session:
+        for word in words[:40]:
+            session.set_prompt(word, "blend(16)")
+            session._director.edge()
+            session._director.take()
+            mix = session._director._script.at(session._director.next).mix
+            assert len(mix) <= prompts_module.MIX_LIMIT + 1 and sum(weight for _, weight in mix) == pytest.approx(1)
+            assert word in dict(mix)
+        assert len(json.dumps(session._director.about())) < 2000
+
+
+def test_an_event_that_waits_holds_no_more_than_it_can_need(toy_engine, monkeypatch):
+    """While its text is encoded another blend goes on, and what its steps begin with changes from chunk to chunk."""
+    engine = toy_engine()
+    with engine.session("a", seed=1) as session:
+        session.set_prompt("b", "blend(8)")
+        session.next_chunk()
+        gate = Gate(engine, monkeypatch)
+        session.push(Prompt("c", "blend(3)"))
+        for _ in range(5):
+            session.next_chunk()
+            (waiting,) = session._director._waiting
+            assert len(waiting.asked) <= 3  # two steps and the prompt itself
+        gate.open.set()
+        settle(engine)
+
+
+def test_a_closed_engine_keeps_no_rows_of_what_was_being_encoded(toy_engine, monkeypatch):
+    engine = toy_engine()
+    gate = Gate(engine, monkeypatch)
+    engine.prefetch("a")
+    (future,) = engine._prompts._asked.values()
+    assert gate.waits.wait(30)
+    engine.close()
+    gate.open.set()
+    future.result(timeout=30)
+    assert not engine._prompts._rows and not engine._prompts._made
 
 
 def test_an_engine_that_is_closed_ends_its_thread(toy_engine, monkeypatch):

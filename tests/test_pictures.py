@@ -76,6 +76,8 @@ def test_pictures_are_cut_to_the_middle_and_scaled():
         ({"video": numbered(1)[0]}, r"video is uint8 \(64, 96, 3\); give .*\(frames, height, width, 3\)"),
         ({"video": numbered(2)[..., :1]}, r"video is uint8 \(2, 64, 96, 1\)"),
         ({"video": numbered(2)[:0]}, "nothing of it empty"),
+        ({"video": [numbered(1)[0]]}, "video to go on from is a list; give an array"),
+        ({"image": torch.zeros(HEIGHT, WIDTH, 3, dtype=torch.uint8)}, "image to go on from is a Tensor"),
     ],
 )
 def test_what_is_no_picture_is_refused(given, words):

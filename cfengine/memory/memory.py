@@ -90,6 +90,21 @@ class Memory:
             part, *place = name.split(".")
             (own[part][int(place[0]), int(place[1])] if place else own[part]).copy_(theirs)
 
+    def misfits(self, tensors: dict[str, Tensor], start: int) -> list[str]:
+        """Tables in `tensors` that no memory of this shape has after `start` frames; rules index by what they say."""
+        slots, pages = self.tables.stacked.page_ids.shape[1], self.pool.k.shape[1]
+        ranges = {
+            "page_ids": (0, pages - 1),
+            "spare_ids": (1, pages - 1),
+            "count": (0, slots),
+            "ends": (0, slots),
+            "promoted": (0, slots - self.sink),
+            "sources": (-1, start - 1),
+            "seen": (start, start),
+        }
+        found = {name: tensors[name].flatten().tolist() for name in ranges}
+        return [name for name, (low, high) in ranges.items() if min(found[name]) < low or max(found[name]) > high]
+
     def show(self, out: Shown | None = None) -> Shown:
         """Copy to host memory what the tables show; without waiting, where `out` lies in pinned memory."""
         if out is None:

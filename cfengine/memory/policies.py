@@ -127,14 +127,15 @@ class Window:
     def flush(self, tables: Tables) -> None:
         """Start a new scene (Infinity-RoPE): keep the first frame and the last two, forget the rest.
 
-        Where the window is not full yet the original keeps its last two slots, which nothing has written.
+        Where the window is not full yet the original keeps its last two slots, which nothing has written. Of fewer
+        than three frames nothing is forgotten.
         """
         kept = SCENE_FRAMES - 1
         last = tables.ends.clamp_min(SCENE_FRAMES) - kept + torch.arange(kept, device=tables.ends.device)
         for rows in (tables.stacked.page_ids, tables.stacked.sources):
             rows[:, 1:SCENE_FRAMES] = rows.gather(1, last.long())
-        tables.ends.fill_(SCENE_FRAMES)
-        tables.stacked.count.fill_(SCENE_FRAMES)
+        tables.ends.clamp_max_(SCENE_FRAMES)
+        tables.stacked.count.copy_(tables.ends)
 
 
 _RULES = {

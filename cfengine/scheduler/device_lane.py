@@ -259,6 +259,10 @@ class DeviceLane:
         past = self._decode[place].past if self._begun[place] else {}
         return named(self.memories[place], self._kept[place], self._shown[place], past)
 
+    def parts(self, place: int) -> dict[str, Tensor]:
+        """See `Lane.parts`."""
+        return named(self.memories[place], self._kept[place], self._shown[place], {})
+
     @torch.inference_mode()
     def restore(self, place: int, state: dict[str, Tensor]) -> None:
         """See `Lane.restore`."""

@@ -6,15 +6,17 @@ import dataclasses
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cfengine.config import EngineConfig
-from cfengine.errors import CFEngineError, ConfigError
+from cfengine.errors import CFEngineError, ConfigError, SnapshotError
 from cfengine.events import Event, Prompt
 from cfengine.memory.policies import flushes
-from cfengine.scheduler.prompts import Keys, Mix, PromptCache, mixed, pure
+from cfengine.scheduler.prompts import Keys, Mix, PromptCache, finished, mixed, pure, trimmed
 from cfengine.scheduler.scenes import Timeline, timeline
 from cfengine.types import Receipt
 
@@ -66,13 +68,11 @@ class Waiting:
 
     def script(self, before: Script, chunk: int) -> Script:
         """What it asks for, were it to count from `chunk` on."""
-        return Script(self.event, self.timeline, chunk, before.at(chunk).mix)
+        return Script(self.event, self.timeline, chunk, trimmed(before.at(chunk).mix))
 
     def ask(self, prompts: PromptCache, mixes: list[Mix]) -> bool:
-        """Have mixes made beside the chunks; returns whether all are there, or failed."""
-        for mix in mixes:
-            if mix not in self.asked:
-                self.asked[mix] = prompts.ask(mix)
+        """Have mixes made beside the chunks, and let go of others; returns whether all are there, or failed."""
+        self.asked = {mix: self.asked[mix] if mix in self.asked else prompts.ask(mix) for mix in mixes}
         return all(self.asked[mix].done() for mix in mixes)
 
     def made(self, prompts: PromptCache, mixes: list[Mix]) -> dict[Mix, Keys]:
@@ -110,6 +110,8 @@ class Director:
     def push(self, event: Event, *, at_once: bool) -> int:
         """Take an event; returns its number, 1, 2, ... See `Session.push`."""
         pushed, began = time.monotonic(), time.perf_counter()
+        if not isinstance(event, Event):
+            raise ConfigError(f"{event!r} is no event; push a Prompt(text, switch)")
         if event.switch == "flush" and not flushes(self._config.memory):
             raise ConfigError(
                 f"policy {self._config.memory.policy!r} has no scenes to flush; choose another switch, or a policy "
@@ -123,8 +125,7 @@ class Director:
         waiting = Waiting(0, event, scenes, pushed, at_once)
         mixes = waiting.script(self._ahead(), self.next).mixes(self.next)
         if at_once:
-            for mix in mixes:
-                self._prompts.now(mix)
+            waiting.asked = {mix: finished(self._prompts.now(mix)) for mix in mixes}  # more than the cache may keep
         else:
             waiting.ask(self._prompts, mixes)
         with self._lock:
@@ -216,22 +217,56 @@ class Director:
     def restore(self, about: dict[str, Any]) -> None:
         """Go on from what `about` said; prompts are encoded here, and the clocks of events that wait begin anew.
 
-        Numbers of events are not given twice.  Raises what the encoder raises, with nothing changed.
+        Numbers of events are not given twice.  Raises what the encoder raises, and SnapshotError where `about` makes no
+        sense, with nothing changed.
         """
-        event, since, origin = about["script"]
-        event = Prompt(**event)
-        script = Script(event, timeline(event.text, self._config), since, tuple((text, w) for text, w in origin))
-        keys = {mix: self._prompts.now(mix) for mix in script.mixes(about["next"])}
-        now, waiting = time.monotonic(), deque()
-        for number, fields, at_once in about["waiting"]:
-            event = Prompt(**fields)
-            waiting.append(Waiting(number, event, timeline(event.text, self._config), now, at_once))
-        self._script, self._keys, self.next = script, keys, about["next"]
-        self.last_event_id, self.applied_at_chunk = about["last_event_id"], about["applied_at_chunk"]
-        self._flush, self._recache = about["flush"], about["recache"]
-        self._applied = [(number, now, now) for number in about["applied"]]
+        now = time.monotonic()
+        with _making_sense():
+            event, since, origin = about["script"]
+            event = Prompt(**event)
+            mix = tuple((_is(str, text), float(weight)) for text, weight in origin)
+            if not all(0 <= weight <= 1 for _, weight in mix):
+                raise ValueError(f"weights of {mix}")
+            script = Script(event, timeline(event.text, self._config), _is(int, since), trimmed(mix))
+            waiting: deque[Waiting] = deque()
+            for number, fields, at_once in about["waiting"]:
+                event = Prompt(**fields)
+                scenes = timeline(event.text, self._config)
+                waiting.append(Waiting(_is(int, number), event, scenes, now, _is(bool, at_once)))
+            upcoming, count, last = (_is(int, about[name]) for name in ("next", "events", "last_event_id"))
+            since, flush, recache = about["applied_at_chunk"], _is(bool, about["flush"]), _is(bool, about["recache"])
+            since = since if since is None else _is(int, since)
+            applied = [(_is(int, number), now, now) for number in about["applied"]]
+        keys = {mix: self._prompts.now(mix) for mix in script.mixes(upcoming)}
+        self._script, self._keys, self.next = script, keys, upcoming
+        self.last_event_id, self.applied_at_chunk = last, since
+        self._flush, self._recache, self._applied = flush, recache, applied
         with self._lock:
-            self._waiting, self._count = waiting, max(self._count, about["events"])
+            self._waiting, self._count = waiting, max(self._count, count)
+
+
+def first_text(about: dict[str, Any]) -> str:
+    """The prompt of what `Director.about` says.  Raises SnapshotError where it makes no sense."""
+    with _making_sense():
+        return _is(str, about["script"][0]["text"])
+
+
+@contextmanager
+def _making_sense() -> Iterator[None]:
+    """SnapshotError for what is wrong with values that a file may hold."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise SnapshotError(
+            f"the snapshot says of its prompts and events what makes no sense ({error!r}); take it again"
+        ) from error
+
+
+def _is(kind: type, value: Any) -> Any:
+    """A value of that very type."""
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def _dropped(waiting: Waiting, error: Exception) -> CFEngineError:

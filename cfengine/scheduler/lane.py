@@ -62,6 +62,10 @@ class Lane(Protocol):
         """All that a session has become, by name, not copied; everything that is due or queued is done first."""
         ...
 
+    def parts(self, place: int) -> dict[str, Tensor]:
+        """`state` without the decoder's past, as it is now: shapes and types to hold another against."""
+        ...
+
     def restore(self, place: int, state: dict[str, Tensor]) -> None:
         """Make a session what `state` of one of the same configuration said; done when this returns."""
         ...
@@ -178,6 +182,10 @@ class HostLane:
         """See `Lane.state`; the clean pass that is owed runs now, and the next chunk does not pay for it again."""
         self._paid += self._pay()
         return named(self.memories[place], self._kept[place], self._shown[place], self._decoders[place].state)
+
+    def parts(self, place: int) -> dict[str, Tensor]:
+        """See `Lane.parts`."""
+        return named(self.memories[place], self._kept[place], self._shown[place], {})
 
     @torch.inference_mode()
     def restore(self, place: int, state: dict[str, Tensor]) -> None:

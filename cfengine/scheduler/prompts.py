@@ -19,6 +19,7 @@ Mix = tuple[tuple[str, float], ...]  # prompts, and the weights of their rows, w
 Keys = list[CrossCache]  # per layer
 
 KEPT_BYTES = 256 * 2**20  # keys and values of prompts lately used: 13 prompts of 100 tokens at 1.3 billion parameters
+MIX_LIMIT = 16  # prompts that a blend begins with: blends that overtake blends without end would add one each
 KEPT_ROWS = 32  # prompts whose rows are kept, at most 4 MiB each in the same model
 
 
@@ -34,6 +35,23 @@ def mixed(origin: Mix, prompt: str, weight: float) -> Mix:
     parts = {text: (1 - weight) * share for text, share in origin}
     parts[prompt] = parts.get(prompt, 0.0) + weight
     return tuple(parts.items())
+
+
+def trimmed(mix: Mix) -> Mix:
+    """The heaviest MIX_LIMIT parts of a mix, of equal ones those that came last, with weights that add up to 1."""
+    if len(mix) <= MIX_LIMIT:
+        return mix
+    lightest = sorted(range(len(mix)), key=lambda place: mix[place][1])[: len(mix) - MIX_LIMIT]
+    parts = [part for place, part in enumerate(mix) if place not in lightest]
+    total = sum(weight for _, weight in parts)
+    return tuple((prompt, weight / total) for prompt, weight in parts)
+
+
+def finished(keys: Keys) -> Future:
+    """A Future that is done."""
+    future: Future = Future()
+    future.set_result(keys)
+    return future
 
 
 def mixed_rows(parts: list[tuple[Tensor, float]]) -> Tensor:
@@ -79,12 +97,13 @@ class PromptCache:
 
     def now(self, mix: Mix) -> Keys:
         """Keys and values of a mix; makes them where they are not kept.  Raises what the encoder raises."""
+        with self._lock:
+            if (kept := self._kept(mix)) is not None:  # and no other encoding is waited for
+                return kept
         with self._encoding:
             with self._lock:
-                self._check_open()
-                if mix in self._made:
-                    self._made.move_to_end(mix)
-                    return self._made[mix]
+                if (kept := self._kept(mix)) is not None:
+                    return kept
                 embed, project, run = self._embed, self._project, self._run  # `close` lets go of them at any moment
             made = run(lambda: project(mixed_rows([(self._rows_of(text, embed), weight) for text, weight in mix])))
             with self._lock:
@@ -92,7 +111,16 @@ class PromptCache:
                     self._made[mix] = made
                     while len(self._made) > 1 and sum(map(_bytes, self._made.values())) > KEPT_BYTES:
                         self._made.popitem(last=False)
+                else:
+                    self._rows.clear()
             return made
+
+    def _kept(self, mix: Mix) -> Keys | None:
+        """What is kept of a mix, which is then the latest in use; the caller holds the lock."""
+        self._check_open()
+        if mix in self._made:
+            self._made.move_to_end(mix)
+        return self._made.get(mix)
 
     def _rows_of(self, prompt: str, embed: Callable[[str], Tensor]) -> Tensor:
         rows = self._rows.pop(prompt, None)
@@ -104,11 +132,8 @@ class PromptCache:
     def ask(self, mix: Mix) -> Future:
         """The same without waiting: a Future of keys and values, done at once where they are kept."""
         with self._lock:
-            self._check_open()
-            if mix in self._made:
-                done: Future = Future()
-                done.set_result(self._made[mix])
-                return done
+            if (kept := self._kept(mix)) is not None:
+                return finished(kept)
             if mix not in self._asked:
                 self._asked[mix] = Future()
                 self._start().put((self, mix, self._asked[mix]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cfengine import snapshot as snapshot_module
 from cfengine.config import MemoryConfig, with_policy
 from cfengine.errors import CFEngineError, OutputError, PromptError, SnapshotError
 from cfengine.events import Prompt
@@ -202,6 +203,71 @@ def test_bad_files_are_refused(toy_engine, tmp_path):
         with pytest.raises(OutputError, match=r"snapshot of \d+ bytes cannot be written"):
             snapshot.save(place)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_hostile_file_is_refused_and_nothing_changed(toy_engine, tmp_path):
+    """Rules and kernels index by what tables say: what they cannot say never reaches them."""
+    engine = toy_engine(memory=SMALL)
+    with engine.session("a", seed=2) as session, engine.session("a", seed=2) as plain:
+        session.next_chunk()
+        plain.next_chunk()
+        whole = session.snapshot()
+        pages = whole.tensors["memory.page_ids"]
+
+        def refused(words: str, tensors=None, about=None) -> None:
+            bad = dataclasses.replace(whole, tensors=whole.tensors | (tensors or {}), about=whole.about | (about or {}))
+            for take in (session.rewind, engine.resume):
+                with pytest.raises(SnapshotError, match=words):
+                    take(bad)
+            assert not session.closed
+
+        for name, value in (
+            ("page_ids", -1), ("spare_ids", 10**6), ("spare_ids", 0), ("count", 99), ("ends", -3), ("promoted", 99),
+            ("sources", 3), ("seen", 0), ("seen", 2**31 - 1),
+        ):  # fmt: skip
+            changed = whole.tensors[f"memory.{name}"].clone()
+            changed[-1, -1] = value
+            refused(f"memory.{name}", {f"memory.{name}": changed})
+        refused("memory.page_ids", {"memory.page_ids": pages.float()})
+        refused("kept.starts", {"kept.starts": torch.zeros(2, dtype=torch.int64)})
+        refused("kept.latents", {"kept.latents": torch.zeros(3)})
+        refused("shown.counts", {"shown.counts": torch.zeros(3)})
+        refused("latents", {"latents": torch.zeros(3)})
+        refused("memory.other", {"memory.other": torch.zeros(3)})
+        refused("decoder.first", {"decoder.first": torch.zeros(3)})
+        for name in ("seed", "start", "index", "chunks"):
+            for value in (-1, "1", None, 0.5, True):
+                refused("counters", about={name: value})
+        for far in (2**40, 2**63):
+            refused("memory.seen", about={"start": far})
+        refused("director", about={"director": []})
+        director = whole.about["director"]
+        for change in (
+            {"script": []}, {"script": [{"text": "a", "more": 1}, 0, []]}, {"script": [{"text": "a"}, "x", []]},
+            {"script": [{"text": "a"}, 0, [[1, 2]]]},
+            {"script": [{"text": "a"}, 0, [["b", float("nan")]]]},
+            {"waiting": [1]}, {"next": None}, {"events": "9"},
+            {"applied": 3}, {"applied_at_chunk": "x"}, {"flush": 1},
+        ):  # fmt: skip
+            refused("makes no sense", about={"director": director | change})
+        refused("makes no sense", about={"director": {}})
+        assert seen(session.next_chunk()) == seen(plain.next_chunk())
+    assert not engine._sessions
+    headers = "[]", "1", "NaN", "[" * 100_000, '{"format": 1, "made_for": [], "about": {}}', '{"format": 1, "about": 3}'
+    for header in headers:
+        save_file({"a": torch.zeros(1)}, tmp_path / "bad", {"cfengine snapshot": header})
+        with pytest.raises(SnapshotError):
+            Snapshot.load(tmp_path / "bad")
+
+
+def test_a_save_that_is_interrupted_leaves_nothing(toy_engine, tmp_path, monkeypatch):
+    def interrupted(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot_module, "save_file", interrupted)
+    with toy_engine().session("a") as session, pytest.raises(KeyboardInterrupt):
+        session.snapshot().save(tmp_path / "s")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_closed_session_and_one_of_no_engine(toy_engine):

@@ -68,6 +68,24 @@ def test_a_blend_of_one_chunk_is_a_cross_switch(toy_engine, policy):
 
 
 @pytest.mark.parametrize("policy", WINDOWS)
+def test_a_flush_before_there_is_anything_forgets_nothing(toy_engine, policy):
+    """Nor does it show pages that nothing has written."""
+    engine = toy_engine(memory=with_policy(MemoryConfig(sink=3, slow=0, fast=9), policy))
+    with engine.session("a", seed=1) as session, engine.session("a", seed=1) as plain:
+        session.set_prompt("b", "flush")
+        plain.set_prompt("b")
+        for _ in range(2):
+            assert shown(session.next_chunk()) == shown(plain.next_chunk())
+    memory = MemoryConfig(policy=policy, sink=1, slow=0, fast=5, chunk_frames=1)
+    with toy_engine(memory=memory).session("a", seed=1) as session:
+        session.next_chunk()
+        session.set_prompt("b", "flush")
+        session.next_chunk()
+        assert session.memory.tables.stacked.sources[:, :2].tolist() == [[0, 1]] * 2
+        assert session.memory.tables.stacked.count.tolist() == [[2]] * 2
+
+
+@pytest.mark.parametrize("policy", WINDOWS)
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_a_flush_leaves_the_first_frame_and_the_last_two(toy_engine, policy, chunks):
     """Also where the window is not full yet."""
