@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from cfengine.config import POLICIES, PRECISIONS, PRESETS, MemoryConfig
-from cfengine.errors import CFEngineError, CheckpointError, ConfigError, OutputError, PromptError
+from cfengine.errors import CFEngineError, CheckpointError, ConfigError, OutputError, PromptError, RingError
 
-USER_ERRORS = (ConfigError, PromptError, CheckpointError, OutputError)  # exit code 2; every other failure is 1
+USER_ERRORS = (ConfigError, PromptError, CheckpointError, OutputError, RingError)  # exit code 2; all others 1
 
 WORLD = "pan right over a meadow, clear day"
 

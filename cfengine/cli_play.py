@@ -13,7 +13,7 @@ import numpy as np
 
 from cfengine.config import has_display
 from cfengine.engine import Engine
-from cfengine.errors import CFEngineError, ConfigError
+from cfengine.errors import CFEngineError, ConfigError, OutputError
 from cfengine.events import Prompt
 from cfengine.playout import Playout, Shown
 from cfengine.steering import steered
@@ -109,6 +109,8 @@ class Player:
             self.typed = ""
         elif key.name == "space":
             self.paused = not self.paused
+            if not self.paused:
+                self.playout.resume()
         elif key.name == "s":
             self._stopped(self._keep)
         elif key.name == "b" and self.kept:
@@ -183,8 +185,8 @@ def scripted(press: tuple[str, ...]) -> dict[int, list[str]]:
     keys: dict[int, list[str]] = {}
     for text in press:
         frame, _, key = text.partition(":")
-        if not frame.isdecimal() or not key:
-            raise ConfigError(f"--press is {text!r}; give FRAME:KEY, such as 24:left")
+        if not frame.isdecimal() or int(frame) < 1 or not key:
+            raise ConfigError(f"--press is {text!r}; give FRAME:KEY with a frame from 1 on, such as 24:left")
         keys.setdefault(int(frame), []).append(key)
     return keys
 
@@ -204,10 +206,18 @@ def run(request: Request) -> int:
             try:
                 loop(pygame, surface, player, keys, request.frames)
                 if request.screenshot:
-                    pygame.image.save(surface, str(request.screenshot))
+                    save(pygame, surface, request.screenshot)
             finally:
                 player.close()
     return 0
+
+
+def save(pygame: ModuleType, surface, path: Path) -> None:
+    """Write the window as a picture; OutputError where that cannot be."""
+    try:
+        pygame.image.save(surface, str(path))
+    except (pygame.error, OSError) as error:
+        raise OutputError(f"--screenshot {path} cannot be written ({error}); choose another place") from None
 
 
 def loop(pygame: ModuleType, surface, player: Player, keys: dict[int, list[str]], frames: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cfengine.embed import Format, Reader
 from cfengine.engine import Engine
+from cfengine.errors import ConfigError, RingError
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Request:
 
 def run(request: Request) -> int:
     """Serve until the time is over or a signal comes; the exit code."""
+    check(request)
     with Engine.from_pretrained(
         request.model, device=request.device, dtype=request.dtype, threads=request.threads
     ) as engine:
@@ -52,18 +56,38 @@ def run(request: Request) -> int:
     return 0
 
 
+def check(request: Request) -> None:
+    """Raise ConfigError or RingError for what can be known to be wrong before anything loads."""
+    if request.seconds is not None and not math.isfinite(request.seconds):
+        raise ConfigError(f"--seconds is {request.seconds}; give a number, or leave it out to go on until Ctrl-C")
+    if request.format not in (names := [made.name.lower() for made in Format]):
+        raise ConfigError(f"--format is {request.format!r}; choose one of {', '.join(names)}")
+    try:
+        Reader(request.ring).close()
+    except RingError as error:
+        if error.result == "CF_ERROR_INVALID_ARGUMENT":
+            raise RingError(f"--ring is {request.ring!r}: {error}", error.result) from None
+        if not error.result:  # the extension is not built
+            raise
+
+
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, which is how serving ends; the second of them ends the process at once."""
-    stop, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    """An event that Ctrl-C, SIGTERM or a closed terminal sets, which is how serving ends; the second of them ends the
+    process at once.
+    """
+    stop, before = threading.Event(), {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not everywhere, and nohup has it ignored
+        number = getattr(signal, name, None)
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):
+            before[number] = signal.getsignal(number)
 
     def receive(number: int, _frame: object) -> None:
         stop.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, receive)
     try:
         yield stop

@@ -97,7 +97,8 @@ class Playout:
         while running:
             shown = play.at(next_display_time)
 
-    `at` and `stats` may be called from any one thread while the playout runs; the source belongs to the playout's.
+    `at`, `resume` and `stats` may be called from any one thread while the playout runs; the source belongs to the
+    playout's.
     """
 
     def __init__(
@@ -153,6 +154,12 @@ class Playout:
             cut, self._cut = self._cut, False
             self._wake.notify_all()
             return Shown(self._current, self._current_due, repeated, cut)
+
+    def resume(self, when: float | None = None) -> None:
+        """Go on after a pause in which nobody asked for frames: the next is due now, or at a time of the clock."""
+        with self._wake:
+            self._due = max(self._due, self._clock() if when is None else when)
+            self._starved_at = None
 
     def _advance(self, when: float) -> bool:
         """Go on to the last frame that is due; whether one is due that is not there."""

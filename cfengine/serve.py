@@ -40,6 +40,11 @@ class Published:
     refused: int
 
 
+def now() -> float:
+    """Seconds on the clock of the ring."""
+    return 1e-9 * now_ns()
+
+
 class Publisher:
     """Makes chunks of a session just before they are to be seen, and puts their frames into a ring.
 
@@ -56,27 +61,30 @@ class Publisher:
         self._begin, self._first = session.snapshot(), session.prompt
         self._prompt = self._first
         self._paused = self._cut = False
-        self._next = 0.0  # when the next frame is to be seen
+        self._next = 0.0  # when the next frame is to be seen, in seconds of the ring's clock
         self._took: deque[float] = deque([EARLIEST / 2], maxlen=8)
         self._told: deque[tuple[int, int]] = deque()  # events of the ring, and the session's that stand for them
         self._event, self._applied = 0, 0
         self._frames = self._chunks = self._late = self._events = self._refused = 0
 
     def run(self, *, num_frames: int | None = None, stop: Callable[[], bool] = lambda: False) -> Published:
-        """Publish until `num_frames` are out or `stop()` says so. Raises what closes the session; the ring then says
-        ERROR, else PAUSED or RUNNING as it was.
+        """Publish until `num_frames` are out and their time is over, or `stop()` says so. Raises what closes the
+        session; the ring then says ERROR, else PAUSED or RUNNING as it was.
         """
-        self._next = time.monotonic() + self._ahead()
+        self._next = now() + self._ahead()
         self._ring.state = State.RUNNING
         try:
             while not stop() and (num_frames is None or self._frames < num_frames):
                 for event in self._ring.events():
                     self._hear(event)
-                if self._paused or self._next - time.monotonic() > self._ahead():
+                if self._paused or self._next - now() > self._ahead():
                     self._ring.beat()
                     time.sleep(POLL)
                 else:
                     self._chunk(None if num_frames is None else num_frames - self._frames)
+            while not stop() and now() < self._next:  # the last frames are still to be seen
+                self._ring.beat()
+                time.sleep(POLL)
         except BaseException as error:
             self._ring.state = State.ENDED if isinstance(error, KeyboardInterrupt) else State.ERROR
             raise
@@ -99,9 +107,9 @@ class Publisher:
             return
         self._took.append(time.monotonic() - began)
         self._chunks += 1
-        if time.monotonic() > self._next:
+        if now() > self._next:
             self._late += self._frames > 0
-            self._next = time.monotonic()
+            self._next = now()
         for frame in frames[:most]:
             self._publish(frame)
 
@@ -111,7 +119,7 @@ class Publisher:
         flags, self._cut = Flags.DISCONTINUITY if self._cut else Flags.NONE, False
         self._ring.publish(
             frame.pixels,
-            pts_ns=now_ns() + round(1e9 * (self._next - time.monotonic())),
+            pts_ns=round(1e9 * self._next),
             chunk=frame.timings.chunk,
             last_event_id=self._event,
             applied_at_chunk=self._applied,
@@ -130,7 +138,7 @@ class Publisher:
             known = self._show(steered(self._prompt, event.value)) or known
         elif isinstance(event, PauseEvent | ResumeEvent):
             if self._paused and isinstance(event, ResumeEvent):
-                self._next = time.monotonic() + self._ahead()
+                self._next = max(self._next, now() + self._ahead())  # what is published already keeps its time
             self._paused = isinstance(event, PauseEvent)
             self._ring.state = State.PAUSED if self._paused else State.RUNNING
         elif isinstance(event, ResetEvent):

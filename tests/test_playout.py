@@ -114,6 +114,18 @@ def test_a_late_chunk_is_waited_for_or_left_out(source, late: str, next_frame: i
         assert (stats.missed, stats.dropped) == (1, dropped) and stats.stalled == pytest.approx(0.25)
 
 
+def test_after_a_pause_no_frame_is_left_out_or_missed(source) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        assert play.at().frame.index == 0
+        clock.now += 60
+        play.resume()
+        assert indices(play, clock, 3, 0.1) == [1, 2, 3]
+        stats = play.stats()
+        assert (stats.missed, stats.dropped, stats.stalled) == (0, 0, 0)
+
+
 def test_what_an_event_changed_is_shown_at_once(source) -> None:
     """Frames from before it that are ready are left out, and the picture says that it jumps."""
     clock = Clock()

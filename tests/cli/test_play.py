@@ -71,3 +71,28 @@ def test_keys_of_a_script() -> None:
     assert scripted(("3:left", "3:s", "9:escape")) == {3: ["left", "s"], 9: ["escape"]}
     with pytest.raises(ConfigError, match="FRAME:KEY"):
         scripted(("left",))
+    with pytest.raises(ConfigError, match="from 1 on"):
+        scripted(("0:left",))
+
+
+def test_a_picture_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    path = tmp_path / "missing" / "a.png"
+    result = CliRunner().invoke(app, ["play", "--threads", "1", "--frames", "1", "--screenshot", str(path)])
+    assert result.exit_code == 2 and "--screenshot" in result.output, result.output
+
+
+@pytest.mark.embed
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--ring", "a/b"], "'a/b'"),
+        (["--ring", ""], "''"),
+        (["--ring", "x", "--format", "jpeg"], "nv12"),
+        (["--ring", "x", "--seconds", "inf"], "--seconds is inf"),
+        (["--ring", "x", "--seconds", "nan"], "--seconds"),
+    ],
+)
+def test_a_wrong_call_of_serve_is_a_sentence_before_anything_loads(arguments: list[str], word: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "--model", "no-such-model", *arguments])
+    assert result.exit_code == 2 and word in result.output and "no-such-model" not in result.output, result.output

@@ -8,12 +8,15 @@
  *     info.name = "demo";
  *     cf_session* session = NULL;
  *     if (cf_session_open(&info, &session) < 0) return fail(cf_last_error());
+ *     uint64_t shown = 0, writer = 0;                                       // what is on the screen
  *     for (;;) {                                                            // once per displayed frame
  *         cf_acquire_info when = CF_ACQUIRE_INFO_INIT;                      // newest frame, no waiting
  *         cf_frame frame = CF_FRAME_INIT;
  *         if (cf_frame_acquire(session, &when, &frame) == CF_SUCCESS) {
- *             if (!(frame.flags & CF_FRAME_REPEATED)) upload(frame.planes[0].data, frame.planes[0].stride);
+ *             if (frame.id != shown || frame.generation != writer)          // REPEATED may be new to this program
+ *                 upload(frame.planes[0].data, frame.planes[0].stride);
  *             cf_frame_release(session, frame.id);
+ *             shown = frame.id, writer = frame.generation;
  *         }
  *     }
  *     cf_session_close(session);
