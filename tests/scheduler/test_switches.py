@@ -183,11 +183,14 @@ def test_a_frame_in_two_slots_has_one_page_after_recaching(toy_engine):
         session.next_chunk()
 
 
-@pytest.mark.parametrize("switch", ["flush", "recache", "blend(3)"])
-@pytest.mark.parametrize("policy", ["slow_fast", "slow_fast_diverse", "sink_window"])
+@pytest.mark.parametrize(
+    ("policy", "switch"),
+    [
+        *((policy, switch) for policy in ("slow_fast", "slow_fast_diverse") for switch in ("recache", "blend(3)")),
+        *(("sink_window", switch) for switch in ("flush", "recache", "blend(3)")),  # only windows can be flushed
+    ],
+)
 def test_switches_on_the_lane_of_a_gpu(toy_engine, device_session, policy, switch):
-    if switch == "flush" and policy != "sink_window":
-        pytest.skip("only windows can be flushed")
     engine = toy_engine(memory=with_policy(MemoryConfig(slow=3), policy))
     with engine.session("a b", seed=5) as plain, device_session(engine, "a b", 5) as session:
         for number in range(8):
