@@ -152,11 +152,13 @@ def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
     """The distillation of one student, in one process."""
     settings, device = run.settings.student, own_device(run.device)
     begun = averaged(teacher_state(teacher, run.settings), run.config)[0].to(device)
-    early = None
-    if settings.guide == "early":
+    early = before = None
+    if settings.guide == "early" and settings.guidance:
         early = averaged(early_state(teacher / "dit.state"), run.config)[0].to(device)
+    if run.settings.lookup.steps:
+        before = averaged(teacher / "dit.state", run.config)[0].to(device)
     with run.log as log:
-        train_distil(state, begun, early, run.config, source_of(run, teacher), run.seed + own, settings, log)
+        train_distil(state, begun, early, run.config, source_of(run, teacher), run.seed + own, settings, log, before)
 
 
 def teacher_state(folder: Path, settings: Settings) -> Path:

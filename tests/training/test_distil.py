@@ -14,6 +14,7 @@ from cfengine.errors import ConfigError
 from cfengine.ops import select
 from cfengine.training import distil
 from cfengine.training.data import Batch
+from cfengine.training.forward import window
 from cfengine.training.settings import Settings, Student
 from cfengine.training.state import World
 
@@ -70,11 +71,41 @@ def test_where_a_sample_is_told_to_go(contexts, critic: float, early: float, sig
     teacher = world(0)
     judges = distil.Judges(lowered(teacher, critic), teacher, lowered(teacher, early))
     draw = np.random.default_rng(0)
-    gradient = distil.matching_gradient(judges, (see(teacher),) * 3, given.latents[None], draw, 1.0)
+    seen = distil.Judges(see(teacher), see(teacher), see(teacher))
+    gradient = distil.matching_gradient(judges, seen, given.latents[None], draw, 1.0)
     if sign:
         assert (gradient * sign).min() > 0
     else:  # flows of about 1 leave a bfloat16 product: 2^-8 for each of two judges, over a size of at least a half
         assert gradient.abs().max() <= (2**-6 if critic else 0)
+
+
+def test_the_teacher_judges_what_returns_and_its_earlier_self_the_rest(contexts) -> None:
+    given, see = contexts
+    teacher = world(0)
+    judges = distil.Judges(teacher, lowered(teacher, 1), None, lowered(teacher, -1))
+    seen = distil.Judges(see(teacher), see(teacher), None, see(teacher))
+    returned = torch.zeros(*given.latents.shape[:3], given.latents.shape[-1])
+    returned[0, 1:, :, 4:] = 1
+    draw = np.random.default_rng(0)
+    gradient = distil.matching_gradient(judges, seen, given.latents[None], draw, returned=returned)
+    side = torch.where(returned > 0, -1.0, 1.0)[:, :, :, None, None]  # up to the teacher, down to its earlier self
+    assert (gradient * side).min() > 0
+
+
+def test_what_returns_is_shown_and_was_not_in_the_chunk_before() -> None:
+    """A view of columns 0 to 16, then 20 to 33, then 4 to 17: of the last, 17 is new, and was in neither."""
+    given = batch()
+    yaws = torch.tensor([[[0, 2, 5], [20, 21, 22], [4, 5, 6]]] * 2)
+    own = distil.context_of(world(0), CONFIG, given.latents, given.prompts)
+    shown, returned = distil.shown_in(own, yaws, 0)
+    assert shown[0].sum((1, 2)).tolist() == [0, 0, 35] and torch.equal(shown[:, 2], returned[:, 2])
+    assert shown[0, 2].min(-1).values.tolist() == [1, 1, 0]  # column 17 stands at the edge of the last frame
+    held = torch.tensor([[[0, 0, 0], [1, 1, 1], [2, 2, 2]]] * 2)  # nearly all was in the chunk before
+    shown, returned = distil.shown_in(own, held, 0)
+    assert shown[0, 1].sum() == 33 and returned.sum() == 0
+    shown, returned = distil.shown_in(window(own, 2, 1), yaws, 2)
+    assert returned[0].sum() == 35 and returned.shape == (2, 1, 3, 12)
+    assert distil.shown_in(own, None, 0) == (None, None)
 
 
 def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypatch) -> None:
@@ -124,7 +155,7 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
         yaws = (move * torch.arange(3)).view(1, 3, 1).expand(1, 3, 3)
         given = Batch(torch.randn(shape), prompts, yaws)
         own, *_ = work.contexts(given.latents, prompts)
-        shown = distil.shown_in(own, yaws, 0)
+        shown, _ = distil.shown_in(own, yaws, 0)
         assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
         assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
         last, held = work.redrawn(own, given.latents, shown, np.random.default_rng(0))
@@ -155,7 +186,7 @@ def test_judges_can_have_a_memory_of_their_own() -> None:
     teacher, given = world(0).requires_grad_(False), batch(5)
     short = {"policy": "fifo", "sink": 0, "slow": 0, "fast": 6}
     work = distil.Distillation(teacher, None, CONFIG, Student(judges=short))
-    own, critic, judge, blind = work.contexts(given.latents, given.prompts)
+    own, (critic, judge, blind, _) = work.contexts(given.latents, given.prompts)
     assert own.layers[0].ids.shape[-1] > 3
     for context in (critic, judge, blind):
         assert context.layers[0].ids[0].tolist()[1:] == [[3 * c, 3 * c + 1, 3 * c + 2] for c in range(4)]
@@ -187,7 +218,7 @@ def test_a_teacher_without_an_early_self_is_guided_by_itself_without_a_prompt() 
     given = batch()
     given = given._replace(prompts=torch.randn(2, 3, 4, CONFIG.model.text_dim))
     blind = distil.Distillation(teacher, None, CONFIG, Student(guide="no_prompt"))
-    own, critic, real, rough = blind.contexts(given.latents, given.prompts)
+    own, (critic, real, rough, _) = blind.contexts(given.latents, given.prompts)
     assert torch.equal(real.prompt, critic.prompt) and torch.equal(real.prompt, own.prompt)
     empty = distil.context_of(teacher, CONFIG, given.latents, torch.zeros_like(given.prompts))
     assert torch.equal(rough.prompt, empty.prompt) and not torch.equal(rough.prompt, real.prompt)
