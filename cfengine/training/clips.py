@@ -48,10 +48,13 @@ class Clips:
             )
         return latents[0] // self.frames
 
-    def draw(self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
+    def draw(
+        self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0, jumps: float = 0.0
+    ) -> Batch:
         """`size` clips of at least `chunks` chunks; their prompts are padded with rows of zeros, as the model pads."""
-        if shuttles:
-            raise ConfigError(f"shuttles is {shuttles}, and no camera of a clip can be chosen; set it to 0")
+        for name, share in (("shuttles", shuttles), ("jumps", jumps)):
+            if share:
+                raise ConfigError(f"{name} is {share}, and no camera of a clip can be chosen; set it to 0")
         enough = [path for path, length in self.lengths.items() if length >= chunks]
         if not enough:
             raise ConfigError(

@@ -30,9 +30,11 @@ class Strips(NamedTuple):
     latents: torch.Tensor
     words: torch.Tensor
 
-    def draw(self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
+    def draw(
+        self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0, jumps: float = 0.0
+    ) -> Batch:
         """See `draw_batch`."""
-        return draw_batch(self, size, chunks, draw, shuttles=shuttles)
+        return draw_batch(self, size, chunks, draw, shuttles=shuttles, jumps=jumps)
 
 
 class Batch(NamedTuple):
@@ -54,8 +56,10 @@ class Batch(NamedTuple):
 class Source(Protocol):
     """What batches are drawn from."""
 
-    def draw(self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
-        """`size` sessions of `chunks` chunks; shuttles: see `draw_batch`"""
+    def draw(
+        self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0, jumps: float = 0.0
+    ) -> Batch:
+        """`size` sessions of `chunks` chunks; shuttles, jumps: see `draw_batch`"""
 
 
 def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:
@@ -131,15 +135,28 @@ def camera_concept(rate: int) -> int:
     return CONCEPTS.index(concepts_of(world.prompt_for(rate, world.Look()))[0])
 
 
-def draw_batch(strips: Strips, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0) -> Batch:
+def draw_batch(
+    strips: Strips,
+    size: int,
+    chunks: int,
+    draw: np.random.Generator,
+    *,
+    shuttles: float = 0.0,
+    jumps: float = 0.0,
+) -> Batch:
     """Sessions of `chunks` chunks in random scenes; in one of eight the prompt changes the look on the way.
 
     shuttles: share of sessions whose camera is a `shuttle`, not a `camera_script`
+    jumps: share of sessions whose camera looks somewhere else after the first chunk, so that the sink is as far from
+    the rest as it is in a session that has gone on for long
     """
     scenes = torch.from_numpy(draw.integers(len(strips.latents), size=size))
     scripts = [shuttle if shuttles and draw.random() < shuttles else camera_script for _ in range(size)]
     rates = np.stack([script(chunks, draw) for script in scripts])
     yaws = torch.from_numpy(latent_yaws(rates, 0) + draw.integers(COLUMNS, size=(size, 1)))
+    if jumps:
+        away = torch.from_numpy((draw.random((size, 1)) < jumps) * draw.integers(COLUMNS, size=(size, 1)))
+        yaws[:, CHUNK_FRAMES:] += away
     change = np.where(draw.random(size) < 0.125, draw.integers(1, max(2, chunks), size=size), chunks)
     look = torch.from_numpy((np.arange(chunks) >= change[:, None]).astype(np.int64))  # (B, C)
     both = torch.stack([view(strips.latents[scenes, j], yaws) for j in range(LOOKS)], dim=1)

@@ -10,6 +10,10 @@ of that attention falls on the right tokens, and columns that come back are then
 Only what returns is new to learn. Everything else is held to what the teacher predicted before, which also is a target
 without noise: learned from the truth alone, it was unlearned by half (error of copied columns 0.002 before, 0.005 to
 0.007 after, of new ones 0.008 and 0.02 to 0.03, at a noise level of 0.47).
+
+Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as
+any, which some sessions show by a jump after their first chunk (`jumps`); what is drawn at such a time is learned from
+the truth again, since the teacher has not seen it before.
 """
 
 from __future__ import annotations
@@ -36,10 +40,12 @@ from cfengine.training.state import Progress, World
 BLOCKS, HEADS = (2, 3, 4), 3  # where attention is taught: the first heads of these blocks
 HIGH = (1.0, 0.94, 0.88, 0.8)  # noise levels of one of the copies: what is new is decided there
 WARM = 60  # steps until the learning rate is full
-STEADY = 0.7  # share of the steps at the full learning rate; it then falls to zero
+STEADY = 0.65  # share of the steps at the full learning rate; it then falls to zero
 EARLY_LENGTHS = {(16, 1): 1.0}  # chunks of a session, sessions in a batch of one process: share while steady
-LATE_LENGTHS = {(4, 4): 0.1, (8, 2): 0.25, (16, 1): 0.4, (28, 1): 0.25}
-SHUTTLES = (1.0, 0.65)  # share of sessions that walk back and forth: while steady, then
+LATE_LENGTHS = {(4, 4): 0.05, (8, 2): 0.2, (16, 1): 0.35, (28, 1): 0.4}
+FULL = 10  # chunk from which slow memory may be full
+JUMPS, FAR = (0.0, 0.6), 16  # share of sessions of FAR chunks and more that jump: while steady, then
+SHUTTLES = (1.0, 0.4)  # share of sessions that walk back and forth: while steady, then
 WEIGHTS = (0.5, 0.2)  # of the loss of attention: while steady, then
 MORE = (3.0, 2.0)  # how much more a returning column counts in the loss of the flow: while steady, then
 USES = (1, 2)  # of a batch; from the second on, its context holds what the model made (error recycling)
@@ -143,7 +149,10 @@ def lookup_step(
     with torch.no_grad(), mixed(device):
         usual = flow(known.dit, config.memory, context, noisy, 1000 * sigma, known.text(batch.prompts))
     returning = returning[:, :, :, None, None]
-    target = torch.where(returning.bool(), noise - batch.latents, usual)
+    own = returning.bool()
+    if late:
+        own = own | spread((sigma >= min(HIGH)) & (torch.arange(C, device=device) >= FULL))
+    target = torch.where(own, noise - batch.latents, usual)
     error = ((guess - target).square() * (1 + MORE[late] * returning)).mean()
     return {"flow": error, "attention": teaching.loss}, made_of(batch.latents, context, noisy, guess, sigma)
 
@@ -169,7 +178,8 @@ def train_lookup(
         common, draw = draws(seed, progress.step)
         lengths = LATE_LENGTHS if late else EARLY_LENGTHS
         chunks, size = list(lengths)[common.choice(len(lengths), p=list(lengths.values()))]
-        batch = source.draw(size, chunks, draw, shuttles=SHUTTLES[late]).on(device)
+        jumps = JUMPS[late] if chunks >= FAR else 0.0
+        batch = source.draw(size, chunks, draw, shuttles=SHUTTLES[late], jumps=jumps).on(device)
         made = None
         for _ in range(USES[late]):
             context = corrupt(batch.latents, made, draw)

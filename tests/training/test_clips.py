@@ -85,8 +85,9 @@ def test_clips_that_do_not_fit_are_refused(tmp_path) -> None:
     write(tmp_path, "a", 9, 5)
     with pytest.raises(ConfigError, match="no clip in .* has 4 chunks of 3 latent frames, the longest has 3"):
         Clips(tmp_path, CONFIG).draw(1, 4, np.random.default_rng(0))
-    with pytest.raises(ConfigError, match="no camera of a clip"):
-        Clips(tmp_path, CONFIG).draw(1, 1, np.random.default_rng(0), shuttles=0.5)
+    for share in ("shuttles", "jumps"):
+        with pytest.raises(ConfigError, match=f"{share} is 0.5, and no camera of a clip"):
+            Clips(tmp_path, CONFIG).draw(1, 1, np.random.default_rng(0), **{share: 0.5})
     write(tmp_path, "b", 9, 5, latents=(9, 16, 4, 8))
     with pytest.raises(CheckpointError, match=r"latents \(9, 16, 4, 8\) and text \(5, 8\); the model takes"):
         Clips(tmp_path, CONFIG)

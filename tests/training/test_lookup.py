@@ -10,7 +10,7 @@ import torch
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.training import lookup
-from cfengine.training.data import COLUMNS, VIEW, Strips, draw_batch, latent_yaws, shuttle
+from cfengine.training.data import COLUMNS, VIEW, Batch, Strips, draw_batch, latent_yaws, shuttle
 from cfengine.training.forward import Pages
 from cfengine.training.state import World
 
@@ -99,6 +99,26 @@ def test_what_does_not_return_is_held_to_what_the_teacher_knew() -> None:
         found, _ = lookup.lookup_step(world, known, CONFIG, batch, batch.latents, np.random.default_rng(1), 0)
         losses.append(found["flow"].item())
     assert losses[0] < 1e-3 < losses[1]  # bfloat16 products of two ways of calling: 2^-8 of values near 1, squared
+
+
+def test_what_is_new_when_memory_is_full_is_learned_from_the_truth_in_the_end() -> None:
+    """A straight pan of 12 chunks, in which nothing returns: only chunks 10 and 11 have something to learn, late."""
+    world = World(CONFIG.model)
+    torch.nn.init.normal_(world.dit.head.head.weight, std=0.2)
+    given = draw_batch(strips(), 1, 12, np.random.default_rng(0))
+    batch = given._replace(yaws=torch.arange(36).view(1, 12, 3))
+    for chunks, late, learns in ((12, 0, False), (12, 1, True), (lookup.FULL, 1, False)):
+        part = Batch(batch.latents[:, :chunks], batch.prompts[:, :chunks], batch.yaws[:, :chunks])
+        draw = np.random.default_rng(1)
+        found, _ = lookup.lookup_step(world, copy.deepcopy(world), CONFIG, part, part.latents, draw, late)
+        assert (found["flow"] > 1e-3) == learns  # see above for the size
+
+
+def test_a_camera_jumps_after_the_first_chunk() -> None:
+    still, moved = (draw_batch(strips(), 8, 4, np.random.default_rng(3), jumps=share) for share in (0.0, 1.0))
+    away = moved.yaws - still.yaws
+    assert (away[:, 0] == 0).all() and (away[:, 1:] == away[:, 1:2, :1]).all()
+    assert away[:, 1, 0].min() >= 0 and away[:, 1, 0].max() < COLUMNS and len(away[:, 1, 0].unique()) > 3
 
 
 def test_a_shuttle_stays_near_and_turns() -> None:
