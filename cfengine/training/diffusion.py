@@ -27,7 +27,6 @@ from cfengine.training.state import Progress, World
 TAUGHT = SamplerConfig()  # the schedule whose levels the teacher sees most; a student may walk another one
 COPIES = 2  # noisy copies of every chunk in a step
 RECYCLED = 0.2  # share of the training after which errors are recycled; before it they are large
-EARLY = 0.24  # share of the training after which the network is also kept as it is then, to guide the distillation
 
 
 def sampler_sigmas(sampler: SamplerConfig = TAUGHT) -> Tensor:
@@ -85,11 +84,6 @@ def made_of(latents: Tensor, context: Tensor, noisy: Tensor, guess: Tensor, sigm
     return torch.where(near, made, context)
 
 
-def early_state(out: Path) -> Path:
-    """Where `train_diffusion` leaves the network of its first EARLY of all steps."""
-    return out.with_name(f"{out.stem}-early{out.suffix}")
-
-
 def train_diffusion(
     out: Path,
     world: World,
@@ -99,12 +93,8 @@ def train_diffusion(
     settings: Teacher,
     report: Callable[[str, dict], None],
 ) -> None:
-    """Train `world` for `settings.steps`, going on from `out` where it exists; the state stays there.
-
-    See `early_state` for what else is kept.
-    """
-    steps, early = settings.steps, max(1, round(EARLY * settings.steps))
-    progress = Progress(world, settings)
+    """Train `world` for `settings.steps`, going on from `out` where it exists; the state stays there."""
+    steps, progress = settings.steps, Progress(world, settings)
     progress.resume(out)
     bank = ErrorBank(settings.recycle)
     bank.resume(out)
@@ -124,8 +114,6 @@ def train_diffusion(
             mean = number(loss) if mean is None else 0.98 * mean + 0.02 * number(loss)
             if rank() == 0 and progress.step % 20 == 0:
                 report("dit", {"step": progress.step, "of": steps, "loss": mean})
-            if rank() == 0 and progress.step == early:
-                progress.save(early_state(out))
             if progress.step % 120 == 0:
                 keep(out, progress, bank)
     keep(out, progress, bank)

@@ -5,12 +5,10 @@ every landmark that may appear. The student, a copy of the teacher at first, lea
 after a random number of its own passes is noised again, and moved against the difference of two denoised versions:
 that of a critic, which learns to denoise the student's samples, and that of the teacher (Yin et al., arXiv 2311.18828
 and 2405.14867; with passes of the sampler and one that carries the gradient as in Huang et al., arXiv 2506.08009).
-The teacher may be guided by itself as it was early in its training: it is moved on where the two differ, away from
-blends that only the early one still makes (Karras et al., arXiv 2406.02507). A teacher that did not begin here is
-guided by itself without a prompt (Ho and Salimans, arXiv 2207.12598). A teacher that learned to look things up judges
-what it learned there: columns that return out of the memory. Of the rest, above all of what is new, the teacher as it
-was before is the better judge (error of new columns at a noise level of 0.88: 0.19, against 0.23 to 0.24 after the
-lookup stage). `cfengine.training.settings.Student` has the numbers.
+The teacher may be guided by what it makes without a prompt (Ho and Salimans, arXiv 2207.12598). One that learned to
+look things up judges what it learned there: columns that return out of the memory. Of the rest, above all of what is
+new, the teacher as it was before is the better judge (error of new columns at a noise level of 0.88: 0.19, against 0.23
+to 0.24 after the lookup stage). `cfengine.training.settings.Student` has the numbers.
 
 Student, critic and teacher see the same context, unless `judges` gives the others a memory of their own, as a teacher
 has that never saw a long past. In `alone` of the batches it is a rollout: what the student makes
@@ -92,12 +90,12 @@ def noised(x0: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tenso
 class Judges(NamedTuple):
     """Who denoises a sample; each sees the context with its own eyes.
 
-    rough: whom the teacher is guided away from      before: the teacher before it learned to look things up; or None
+    blind: the teacher, without a prompt      before: the teacher as it was before it learned to look things up
     """
 
     critic: World
     teacher: World
-    rough: World | None = None
+    blind: World | None = None
     before: World | None = None
 
 
@@ -113,17 +111,18 @@ def matching_gradient(
     """Where the student's sample x0 (1, B, C, ...) is likelier than it should be: (denoised by the critic - by the
     guided teacher) / mean |x0 - denoised by the teacher| of a chunk, averaged over noise levels (DMD, equation 8).
 
-    contexts: what each judge sees      returned: (B, C, c, VIEW), where the teacher and not `before` is asked
+    contexts: what each judge sees
+    returned: (B, C, c, VIEW), where the teacher and not `before` is asked; None: nowhere
     """
     noisy, sigma, _ = noised(x0, draw)
-    fake, real, rough, before = (
+    fake, real, blind, before = (
         None if judge is None else noisy - spread(sigma) * guess(judge, context, noisy, sigma)
         for judge, context in zip(judges, contexts, strict=True)
     )
     if before is not None:
-        real = torch.where(returned[:, :, :, None, None] > 0, real, before)
-    if rough is not None:
-        real = real + guidance * (real - rough)
+        real = before if returned is None else torch.where(returned[:, :, :, None, None] > 0, real, before)
+    if blind is not None:
+        real = real + guidance * (real - blind)
     size = (x0 - real).abs().mean(dim=(3, 4, 5, 6), keepdim=True).clamp(min=FLOOR)
     return ((fake - real) / size).mean(0, keepdim=True)
 
@@ -147,32 +146,20 @@ class Made(NamedTuple):
 class Distillation:
     """Student, critic and teacher, and one step of the first two."""
 
-    def __init__(
-        self,
-        teacher: World,
-        early: World | None,
-        config: EngineConfig,
-        settings: Student,
-        before: World | None = None,
-    ) -> None:
-        """early: the teacher as it was early in its training; None: it is guided by itself without a prompt
-
-        before: the teacher as it was before it learned to look things up; None: it did not
-        """
+    def __init__(self, teacher: World, before: World | None, config: EngineConfig, settings: Student) -> None:
+        """before: the teacher as it was before it learned to look things up; None: it did not"""
         self.config, self.settings = config, settings
         self.student = Progress(copy.deepcopy(teacher).requires_grad_(True), settings)
         pace = dataclasses.replace(settings, decay=CRITIC_DECAY)
         self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
-        rough = (early or teacher) if settings.guidance else None
-        self.judges, self.blind = Judges(self.critic.world, teacher, rough, before), early is None
+        self.judges = Judges(self.critic.world, teacher, teacher if settings.guidance else None, before)
         self.levels = sampler_sigmas(config.sampler)
         judged = dataclasses.replace(config.memory, **settings.judges)
         self.theirs = dataclasses.replace(config, memory=judged)  # what the judges remember with
 
     def contexts(self, latents: Tensor, prompts: Tensor) -> tuple[Context, Judges]:
         """What the student and each judge see."""
-        none = torch.zeros_like(prompts) if self.blind else prompts  # rows of zeros are what pads a prompt
-        texts = Judges(prompts, prompts, none, prompts)
+        texts = Judges(prompts, prompts, torch.zeros_like(prompts), prompts)  # rows of zeros are what pads a prompt
         own = context_of(self.student.world, self.config, latents, prompts)
         return own, Judges(
             *(
@@ -255,6 +242,8 @@ def shown_in(context: Context, yaws: Tensor | None, first: int) -> tuple[Tensor 
 
 def horizon(settings: Student, share: float, common: np.random.Generator) -> int:
     """Chunks of a session when `share` of the steps are done: the same in all processes."""
+    if common.random() < settings.first:
+        return 1
     if share < settings.local:
         return int(common.integers(settings.short[0], settings.short[1] + 1))
     least, first, last = settings.long
@@ -287,19 +276,18 @@ def roll_out(student: World, config: EngineConfig, ops: Ops, batch: Batch, given
 def train_distil(
     out: Path,
     teacher: World,
-    early: World | None,
+    before: World | None,
     config: EngineConfig,
     source: Source,
     seed: int,
     settings: Student,
     report: Callable[[str, dict], None],
-    before: World | None = None,
 ) -> None:
-    """Distil `teacher`, guided by its `early` self, in `settings.steps` steps, in whole batches.
+    """Distil `teacher` in `settings.steps` steps, in whole batches; before: see `Distillation`.
 
-    Goes on from `out` where it exists; the state stays there.      before: see `Distillation`
+    Goes on from `out` where it exists; the state stays there.
     """
-    work, steps, device = Distillation(teacher, early, config, settings, before), settings.steps, device_of(teacher)
+    work, steps, device = Distillation(teacher, before, config, settings), settings.steps, device_of(teacher)
     kept = out.with_name(f"{out.stem}-critic{out.suffix}")
     progress, means, ops = work.student, {}, select(device.type)
     if progress.resume(out):

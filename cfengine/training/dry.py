@@ -100,14 +100,14 @@ def student_step(settings: Settings) -> Cost:
     """A step of the student and those of its critic at the longest horizon; the rollout before it is not counted."""
     config, student = settings.config, settings.student
     teacher = _world(settings).requires_grad_(False)
-    early = _world(settings).requires_grad_(False) if student.guide == "early" else None
-    work = Distillation(teacher, early, config, student)
+    before = _world(settings).requires_grad_(False) if settings.lookup.steps else None
+    work = Distillation(teacher, before, config, student)
     chunks = student.long[-1]
     batch = batch_of(config, student.sessions(chunks), chunks, settings.worded)
     graded, draw = len(work.levels) - 1, np.random.default_rng(0)
     with FlopCounterMode(display=False) as counter:
         work.step(batch, batch.latents, graded, draw, anchored=student.alone < 1)
-    others = [teacher] if early is None else [teacher, early]
+    others = [teacher] if before is None else [teacher, before]
     return _cost("student", batch, config, [work.student, work.critic], others, counter.get_total_flops())
 
 

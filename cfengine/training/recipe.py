@@ -21,7 +21,7 @@ from cfengine.training.clips import Clips
 from cfengine.training.codec import refine_decoder, train_codec
 from cfengine.training.curves import Log
 from cfengine.training.data import Source, build_strips
-from cfengine.training.diffusion import early_state, train_diffusion
+from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
 from cfengine.training.lookup import train_lookup
 from cfengine.training.parallel import in_processes, own_device, rank, wait
@@ -152,13 +152,11 @@ def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
     """The distillation of one student, in one process."""
     settings, device = run.settings.student, own_device(run.device)
     begun = averaged(teacher_state(teacher, run.settings), run.config)[0].to(device)
-    early = before = None
-    if settings.guide == "early" and settings.guidance:
-        early = averaged(early_state(teacher / "dit.state"), run.config)[0].to(device)
+    before = None
     if run.settings.lookup.steps:
         before = averaged(teacher / "dit.state", run.config)[0].to(device)
     with run.log as log:
-        train_distil(state, begun, early, run.config, source_of(run, teacher), run.seed + own, settings, log, before)
+        train_distil(state, begun, before, run.config, source_of(run, teacher), run.seed + own, settings, log)
 
 
 def teacher_state(folder: Path, settings: Settings) -> Path:

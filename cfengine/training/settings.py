@@ -134,12 +134,12 @@ class Student(Descent):
     decay: float = 0.99
     seeds: tuple[int, ...] = (21,)  # one student each, whose weights are averaged
     local: float = 0.4  # share of the steps that stage 1 takes
+    first: float = 0.0  # share of batches whose sessions are their first chunk alone
     short: tuple[int, int] = (2, 7)  # chunks of a rollout in stage 1; 7 are the 21 latent frames of the paper
     long: tuple[int, int, int] = (8, 12, 28)  # in stage 2: at least, at most when it begins, at most when it ends
     window: int = 0  # chunks that are judged at a random place of a rollout; 0: all of them
     chunks: int = 16  # in a batch of one process: so many sessions that their chunks are about that
-    guide: str = "early"  # what the teacher is guided away from: itself early in its training, or without a prompt
-    guidance: float = 1.0  # how far; 0: not at all
+    guidance: float = 0.0  # how far the teacher is guided away from what it makes without a prompt
     critic_steps: int = 5  # for each of the student's, with its sample
     critic_pace: float = 2.0  # learning rate of the critic over that of the student
     anchor: float = 1.0  # weight of redrawing the truth from the last noise level, which keeps colours and copies exact
@@ -153,11 +153,11 @@ class Student(Descent):
         super().__post_init__()
         if not self.seeds:
             raise ConfigError("student.seeds is empty; give one number for each student")
-        if self.guide not in ("early", "no_prompt"):
-            raise ConfigError(f"student.guide is {self.guide!r}; it is 'early' or 'no_prompt'")
         least, first, last = self.long
         if not 1 <= self.short[0] <= self.short[1] or not 1 <= least <= first <= last:
             raise ConfigError(f"student.short {self.short} and student.long {self.long} must rise from at least 1")
+        if not 0 <= self.first <= 1:
+            raise ConfigError(f"student.first is {self.first}; it is a share, from 0 to 1")
         if self.window < 0:
             raise ConfigError(f"student.window is {self.window}; give a number of chunks, or 0 for all of a rollout")
 
@@ -193,11 +193,8 @@ class Settings:
     def __post_init__(self) -> None:
         for title, changes in (("memory", self.memory), ("student.judges", self.student.judges)):
             check_rule(title, dataclasses.replace(self.config.memory, **changes))
-        if self.data.source == "clips" and (self.lookup.steps or self.student.guide == "early" and self.teacher.start):
-            raise ConfigError(
-                f"lookup.steps is {self.lookup.steps} and student.guide {self.student.guide!r}; clips have no geometry "
-                "to look up, and a teacher that starts from trained weights has no early self: set 0 and 'no_prompt'"
-            )
+        if self.data.source == "clips" and self.lookup.steps:
+            raise ConfigError(f"lookup.steps is {self.lookup.steps}; clips have no geometry to look up: set 0")
         if self.data.source == "world" and self.config.text != "tiny_world":
             raise ConfigError(
                 f"preset {self.preset!r} reads prompts with {self.config.text!r}, and the world has concepts; "

@@ -57,19 +57,19 @@ def lowered(teacher: World, by: float) -> World:
 
 
 @pytest.mark.parametrize(
-    ("critic", "early", "sign"),
+    ("critic", "blind", "sign"),
     [
         (0, 0, 0),  # equal judges leave a sample alone
         (1, 0, 1),  # a sample goes down, against the gradient, from the critic towards the teacher
-        (0, 1, 1),  # and away from what the early teacher makes of it
+        (0, 1, 1),  # and away from what the teacher makes of it without a prompt
         (0, -1, -1),
-        (1, -1, 0),  # the guided teacher: as far beyond the teacher as the early one stays behind
+        (1, -1, 0),  # the guided teacher: as far beyond the teacher as the blind one stays behind
     ],
 )
-def test_where_a_sample_is_told_to_go(contexts, critic: float, early: float, sign: int) -> None:
+def test_where_a_sample_is_told_to_go(contexts, critic: float, blind: float, sign: int) -> None:
     given, see = contexts
     teacher = world(0)
-    judges = distil.Judges(lowered(teacher, critic), teacher, lowered(teacher, early))
+    judges = distil.Judges(lowered(teacher, critic), teacher, lowered(teacher, blind))
     draw = np.random.default_rng(0)
     seen = distil.Judges(see(teacher), see(teacher), see(teacher))
     gradient = distil.matching_gradient(judges, seen, given.latents[None], draw, 1.0)
@@ -129,16 +129,16 @@ def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypat
 
 
 def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
-    teacher, early = world(0).requires_grad_(False), world(2).requires_grad_(False)
-    before, rough = copy.deepcopy(teacher.state_dict()), copy.deepcopy(early.state_dict())
-    work = distil.Distillation(teacher, early, CONFIG, Student(peak=1e-3, warm=1))
+    teacher, earlier = world(0).requires_grad_(False), world(2).requires_grad_(False)
+    before, rough = copy.deepcopy(teacher.state_dict()), copy.deepcopy(earlier.state_dict())
+    work = distil.Distillation(teacher, earlier, CONFIG, Student(peak=1e-3, warm=1))
     given, draw = batch(), np.random.default_rng(0)
     made = work.step(given, given.latents, 3, draw, anchored=True)
     assert set(made.measures) == {"gradient", "critic", "anchor"} and all(map(np.isfinite, made.measures.values()))
     assert made.sample.shape == made.redrawn.shape == given.latents.shape
     assert not made.sample.requires_grad and not made.redrawn.requires_grad
     assert all(torch.equal(before[name], now) for name, now in teacher.state_dict().items())
-    assert all(torch.equal(rough[name], now) for name, now in early.state_dict().items())
+    assert all(torch.equal(rough[name], now) for name, now in earlier.state_dict().items())
     name = "dit.blocks.0.ffn.0.weight"
     student, critic = work.student.world.state_dict()[name], work.critic.world.state_dict()[name]
     assert not torch.equal(student, before[name]) and not torch.equal(critic, before[name])
@@ -185,7 +185,7 @@ def test_judges_can_have_a_memory_of_their_own() -> None:
     """A teacher that sees the chunk before alone: in its context no later chunk sees the first."""
     teacher, given = world(0).requires_grad_(False), batch(5)
     short = {"policy": "fifo", "sink": 0, "slow": 0, "fast": 6}
-    work = distil.Distillation(teacher, None, CONFIG, Student(judges=short))
+    work = distil.Distillation(teacher, None, CONFIG, Student(judges=short, guidance=1.0))
     own, (critic, judge, blind, _) = work.contexts(given.latents, given.prompts)
     assert own.layers[0].ids.shape[-1] > 3
     for context in (critic, judge, blind):
@@ -211,15 +211,17 @@ def test_the_horizon_grows() -> None:
     drawn = {share: {distil.horizon(plan, share, common) for _ in range(300)} for share in (0.0, 0.39, 0.4, 1.0)}
     assert drawn[0.0] == drawn[0.39] == set(range(2, 8))
     assert drawn[0.4] == set(range(8, 13)) and drawn[1.0] == set(range(8, 29))
+    often = [distil.horizon(dataclasses.replace(plan, first=0.5), 1.0, common) for _ in range(1000)]
+    assert 400 < often.count(1) < 600 and max(often) == 28  # six standard deviations
 
 
-def test_a_teacher_without_an_early_self_is_guided_by_itself_without_a_prompt() -> None:
+def test_a_teacher_is_guided_by_itself_without_a_prompt() -> None:
     teacher = world(0).requires_grad_(False)
     given = batch()
     given = given._replace(prompts=torch.randn(2, 3, 4, CONFIG.model.text_dim))
-    blind = distil.Distillation(teacher, None, CONFIG, Student(guide="no_prompt"))
-    own, (critic, real, rough, _) = blind.contexts(given.latents, given.prompts)
+    blind = distil.Distillation(teacher, None, CONFIG, Student(guidance=1.0))
+    own, (critic, real, none, _) = blind.contexts(given.latents, given.prompts)
     assert torch.equal(real.prompt, critic.prompt) and torch.equal(real.prompt, own.prompt)
     empty = distil.context_of(teacher, CONFIG, given.latents, torch.zeros_like(given.prompts))
-    assert torch.equal(rough.prompt, empty.prompt) and not torch.equal(rough.prompt, real.prompt)
-    assert blind.judges.rough is teacher
+    assert torch.equal(none.prompt, empty.prompt) and not torch.equal(none.prompt, real.prompt)
+    assert blind.judges.blind is teacher and distil.Distillation(teacher, None, CONFIG, Student()).judges.blind is None
