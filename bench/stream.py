@@ -23,6 +23,7 @@ from statistics import median
 
 import torch
 
+from cfengine.batch import Batch
 from cfengine.bench import command
 from cfengine.bench.check import against_reference, flow_error
 from cfengine.bench.command import Say, several
@@ -33,7 +34,6 @@ from cfengine.bench.timing import percentile, synchronize
 from cfengine.config import POLICIES
 from cfengine.engine import Engine
 from cfengine.errors import ConfigError
-from cfengine.session import Batch
 from cfengine.types import ChunkTimings
 
 FILL_LIMIT = 100  # chunks; slow memory of the paper's rule gains at most one page every other chunk

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cfengine.config import EngineConfig
     from cfengine.engine import Engine
-    from cfengine.events import Prompt
+    from cfengine.events import Prompt, Reset
     from cfengine.session import Session
     from cfengine.snapshot import Snapshot
     from cfengine.types import Frame
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "EngineConfig", "Frame", "Prompt", "Session", "Snapshot", "__version__"]
+__all__ = ["Engine", "EngineConfig", "Frame", "Prompt", "Reset", "Session", "Snapshot", "__version__"]
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir():  # a checkout: kernels, export and bench lie beside this folder, installed or not
     __path__.append(str(_HERE.parent))
@@ -31,6 +31,7 @@ _HOMES = {
     "EngineConfig": "config",
     "Frame": "types",
     "Prompt": "events",
+    "Reset": "events",
     "Session": "session",
     "Snapshot": "snapshot",
 }

@@ -34,6 +34,12 @@ def check_backend(backend: str, exported: str | Path | None = None) -> None:
         )
 
 
+def check_sessions(max_sessions: int | None) -> None:
+    """Raise ConfigError unless it is None or a positive whole number."""
+    if max_sessions is not None and (not isinstance(max_sessions, int) or max_sessions < 1):
+        raise ConfigError(f"max_sessions is {max_sessions!r}; it must be a whole number from 1 on, or None")
+
+
 def used_operations(rule: str) -> list[str]:
     """Operations that a pass calls under a rule of the memory."""
     rules = {"slow_fast_update", "slow_fast_paper_update", "slow_fast_diverse_update", "window_update"}

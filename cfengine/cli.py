@@ -196,7 +196,8 @@ def play(
     """Open a window on a live video and steer it with the keyboard.
 
     Left and right turn the camera, down holds it, Tab takes a prompt, space pauses, s keeps the moment and b goes
-    back to it, r begins again, Esc ends.
+    back to it, r begins again, n too but with another seed, Esc ends. Where chunks take longer than they last, they are
+    made with fewer passes until they keep up; the title says so.
     """
     from cfengine.cli_play import Request, run
 

@@ -14,7 +14,7 @@ import numpy as np
 from cfengine.config import has_display
 from cfengine.engine import Engine
 from cfengine.errors import CFEngineError, ConfigError, OutputError
-from cfengine.events import Prompt
+from cfengine.events import Event, Prompt, Reset
 from cfengine.playout import Playout, Shown
 from cfengine.steering import steered
 
@@ -87,8 +87,8 @@ class Player:
     """A session, its playout, and what keys make of them."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.prompt = session, session.prompt
-        self.begin: Moment = self.prompt, session.snapshot()
+        self.session, self.seed = session, session.seed
+        self.prompt = self.first = session.prompt
         self.kept: Moment | None = None
         self.typed: str | None = None  # the line that is being typed
         self.paused = self.over = False
@@ -115,8 +115,10 @@ class Player:
             self._stopped(self._keep)
         elif key.name == "b" and self.kept:
             self._stopped(lambda: self._go_to(self.kept))
-        elif key.name == "r":
-            self._stopped(lambda: self._go_to(self.begin))
+        elif key.name in ("r", "n"):
+            self.seed = (self.seed + (key.name == "n")) % 2**64
+            self.show(self.first)
+            self._tell(Reset(self.seed))
         elif key.name == "escape":
             self.over = True
 
@@ -131,12 +133,18 @@ class Player:
             self.typed += key.text
 
     def show(self, prompt: str) -> None:
-        """Change the prompt; what it is wrong with is said in the title."""
+        """Change the prompt."""
+        if self._tell(Prompt(prompt)):
+            self.prompt = prompt
+
+    def _tell(self, event: Event) -> bool:
+        """Push an event; what is wrong with it is said in the title."""
         try:
-            self.session.push(Prompt(prompt))
-            self.prompt, self.said = prompt, ""
+            self.session.push(event)
+            self.said = ""
         except CFEngineError as error:
             self.said = str(error)
+        return not self.said
 
     def _stopped(self, work) -> None:
         """Do something with the session that its playout must not run beside."""
@@ -150,7 +158,7 @@ class Player:
     def _go_to(self, moment: Moment) -> None:
         self.prompt, snapshot = moment
         self.session.rewind(snapshot)
-        self.said = "back"
+        self.seed, self.said = self.session.seed, "back"
 
     def look(self) -> Shown | None:
         """The frame of now; None while paused or before the first. An event's own error is said in the title."""
@@ -161,7 +169,7 @@ class Player:
         except CFEngineError as error:
             if self.session.closed:
                 raise
-            self.said = str(error)
+            self.said, self.prompt = str(error), self.session.prompt
             self._stopped(lambda: None)
             return None
         for receipt in shown.frame.timings.events if shown else ():
@@ -174,6 +182,8 @@ class Player:
             return f"prompt: {self.typed}_"
         stats = self.playout.stats()
         state = "paused" if self.paused else f"key to frame {1e3 * self.latency:.0f} ms, {stats.missed} missed"
+        if stats.level:
+            state += f", effort {100 * self.session.efforts[stats.level]:.0f} %"
         return f"{self.prompt}  ({state})  {self.said}"
 
     def close(self) -> None:
@@ -196,7 +206,7 @@ def run(request: Request) -> int:
     keys = scripted(request.press)
     library()
     with Engine.from_pretrained(
-        request.model, device=request.device, dtype=request.dtype, threads=request.threads
+        request.model, device=request.device, dtype=request.dtype, threads=request.threads, efforts=True
     ) as engine:
         video = engine.config.video
         scale = request.scale or (SMALL_SCALE if video.width <= SMALL else 1)

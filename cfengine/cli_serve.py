@@ -34,7 +34,7 @@ def run(request: Request) -> int:
     """Serve until the time is over or a signal comes; the exit code."""
     check(request)
     with Engine.from_pretrained(
-        request.model, device=request.device, dtype=request.dtype, threads=request.threads
+        request.model, device=request.device, dtype=request.dtype, threads=request.threads, efforts=True
     ) as engine:
         video = engine.config.video
         frames = None if request.seconds is None else max(1, round(request.seconds * video.fps))
@@ -52,7 +52,10 @@ def run(request: Request) -> int:
                 say=say,
                 format=request.format,
             )
-    say(f"{done.frames} frames, {done.late} of {done.chunks} chunks late, {done.events} events, {done.refused} refused")
+    say(
+        f"{done.frames} frames, {done.late} of {done.chunks} chunks late, {done.reduced} with less effort, "
+        f"{done.events} events, {done.refused} refused, {done.failed} failed"
+    )
     return 0
 
 

@@ -17,7 +17,7 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # torch, Triton, libraries, and (CUDA says) the compiled extension each have words of their own
 _FULL = re.compile(
     r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
-    r"|CUDA says cudaErrorMemoryAllocation"
+    r"|CUDA says cudaErrorMemoryAllocation|DefaultCPUAllocator: (can't allocate|not enough) memory"
 )
 _NOT_BUILT = re.compile(r"no kernel image|unsupported toolchain|driver version is insufficient")
 _LOST = re.compile(r"CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(?!NOT_SUPPORTED)|Triton Error \[CUDA\]|CUDA says")
@@ -106,10 +106,13 @@ def _size(count: float) -> str:
 
 @contextmanager
 def device_errors(config: EngineConfig, device: torch.device | str | None, itemsize: int = 2) -> Iterator[None]:
-    """Turn what is raised of a GPU that is full, lost or not built for into a DeviceError; other errors pass."""
+    """Turn what is raised of a GPU that is full, lost or not built for into a DeviceError; other errors pass.
+
+    A CPU can be full, and no more than that.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise _full(str(error), config, device, itemsize) from error
     except (RuntimeError, KernelError) as error:
         if _FULL.search(str(error)):
@@ -131,8 +134,13 @@ def device_errors(config: EngineConfig, device: torch.device | str | None, items
 
 
 def _full(words: str, config: EngineConfig, device: torch.device | str | None, itemsize: int) -> DeviceError:
-    match = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", words)
+    match = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", words)
     asked = round(float(match.group(1)) * _UNITS[match.group(2)]) if match else slot_bytes(config, itemsize)
+    if torch.device(device or "cpu").type == "cpu":
+        return DeviceError(
+            f"this machine is out of memory: {_size(asked)} were asked for; close other engines or programs, or save "
+            f"{_size(asked)}: {remedies(config, asked, itemsize)}"
+        )
     free = torch.cuda.mem_get_info(device)[0]
     short = max(asked - free, 0) or asked  # free memory in pieces that are too small counts as none
     return DeviceError(

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfengine.choices import check_backend, device_type, dtype_of, rounded, text_encoder, used_operations
+from cfengine.backends import open_backend
+from cfengine.batch import Batch
+from cfengine.choices import check_backend, check_sessions, device_type, dtype_of, rounded, text_encoder
 from cfengine.codec import Codec, load_codec
-from cfengine.config import EngineConfig, with_policy
+from cfengine.config import POLICIES, EngineConfig, with_policy
 from cfengine.config import precision as config_precision
-from cfengine.device import check_device, check_fits, device_errors, page_bytes
-from cfengine.errors import CFEngineError, ConfigError, DeviceError, PromptError
-from cfengine.events import Prompt
-from cfengine.memory.memory import Memory
+from cfengine.device import check_device, check_fits, device_errors
+from cfengine.errors import CFEngineError, ConfigError, PromptError
+from cfengine.events import Prompt, check_seed
+from cfengine.lanes import Lanes, open_runtime
+from cfengine.memory.budget import PageCount
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import TextEncoder
 from cfengine.model.weights import load_dit
@@ -30,18 +33,14 @@ from cfengine.pictures import Past, Pictures
 from cfengine.ranges import spanned
 from cfengine.scheduler.batch import per_session
 from cfengine.scheduler.chunk import ChunkScheduler
-from cfengine.scheduler.device_lane import DeviceLane
 from cfengine.scheduler.director import first_text
-from cfengine.scheduler.graphs import CudaRuntime, check_captured
-from cfengine.scheduler.idle import IdleLanes
-from cfengine.scheduler.lane import HostLane, Lane
+from cfengine.scheduler.graphs import CudaRuntime
+from cfengine.scheduler.lane import Lane
 from cfengine.scheduler.prompts import PromptCache, pure
 from cfengine.scheduler.sampler import Schedule
 from cfengine.scheduler.scenes import timeline
-from cfengine.segments.exported import GraphSegments
-from cfengine.segments.torch import TorchSegments
-from cfengine.session import Batch, Session, check_num_frames, check_seed
-from cfengine.snapshot import Snapshot, made_for
+from cfengine.session import Session, check_num_frames
+from cfengine.snapshot import Snapshot, fingerprint, made_for
 from cfengine.sources import config_of, sources_of
 from cfengine.types import Frame
 
@@ -70,12 +69,15 @@ class Engine:
         backend: str = "torch",
         exported: str | Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        max_sessions: int | None = None,
+        efforts: bool = False,
     ) -> None:
         """Take ready parts; `from_pretrained` loads them. model is moved to device and dtype and laid out here.
 
         graphs: on a GPU, replay captured passes; without, every kernel is launched anew, as a profile by name needs
-        backend, exported, progress: see `from_pretrained`
+        backend, exported, progress, max_sessions, efforts: see `from_pretrained`
         """
+        check_sessions(max_sessions)
         self.config, self.codec, self.text = config, codec, text
         self.device, self.dtype = device, dtype
         self.ops = select(device_type(device), dict(config.kernels), fp8=config.precision.fp8)
@@ -86,24 +88,27 @@ class Engine:
                 f"compiled kernels are missing, so plain torch serves {', '.join(missing)}, slower; {hint}",
                 stacklevel=2,
             )
-        self._runtime: CudaRuntime | None = None
         if device_type(device) == "cuda":
             check_device(device)
             self.ops = dataclasses.replace(self.ops, **{op: spanned(op, getattr(self.ops, op)) for op in OPERATIONS})
             missing_bytes = sum(p.nbytes for p in model.parameters() if p.device.type != "cuda")
             check_fits(f"the model of {config.name!r}", missing_bytes, config, device, dtype.itemsize)
         with device_errors(config, device, dtype.itemsize):
-            self.model = model.to(device=device, dtype=dtype).prepare(rounded(config, backend))
-        if device_type(device) == "cuda":
-            self._runtime = CudaRuntime(device, graphs=graphs)
-        self._segments = self._open_segments(backend, exported, progress)
+            model = model.to(device=device, dtype=dtype)
+            self._fingerprint = fingerprint(model.named_parameters())  # before anything is rounded or let go
+            self.model = model.prepare(rounded(config, backend))
+        self._runtime = open_runtime(device, graphs)
+        self._schedule = Schedule(config.sampler, reduced=efforts or self._runtime is None)
+        queue = self._runtime.on(self._runtime.compute) if self._runtime else nullcontext()
+        self._segments = open_backend(
+            backend, config, self.model, self.ops, text, queue, exported=exported, progress=progress
+        )
         self._scheduler = self._make_scheduler(self.ops)
         check = getattr(text, "check", lambda prompt: None)  # not every encoder can tell before it encodes
         run = _beside(config, device, dtype, self._runtime)
         self._prompts = PromptCache(text.encode, _projection(self.model, device), run, check)
-        self._made_for = made_for(config, dtype, [self.model.head.modulation, self.model.patch_embedding.bias])
+        self._lanes = Lanes(config, self.ops, self._scheduler, codec, dtype, device, self._runtime, max_sessions)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._idle = IdleLanes()
         self._closed = False
 
     @classmethod
@@ -123,6 +128,8 @@ class Engine:
         backend: str = "torch",
         exported: str | Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        max_sessions: int | None = None,
+        efforts: bool = False,
     ) -> Engine:
         """Load a preset, a local checkpoint (file or folder, also one that `cfengine.training` made) or a hub id.
 
@@ -136,6 +143,10 @@ class Engine:
         bfloat16; engines are built on first use) or "auto" (torch, or TensorRT where it measured faster on this GPU)
         exported: folder of `cfengine export`; without one the backend exports into the cache on first use, and calls
         progress(what, done, total) before each step
+        max_sessions: pages for so many sessions at once are allocated here, and none later; one more is refused with
+        CapacityError. None allocates for each session when it opens
+        efforts: on a GPU, capture the passes of every level of `Session.efforts`, one graph more for each level and
+        number of sessions of a lane; without, chunks there have full effort alone. A CPU has all levels as it is
         Raises ConfigError, CheckpointError, KernelError, ExportError or DeviceError.
         """
         if threads is not None and threads < 1:
@@ -143,6 +154,7 @@ class Engine:
         if device_type(device) != "cpu":
             check_device(device)
         check_backend(backend, exported)
+        check_sessions(max_sessions)
         name = str(source)
         if config is None:
             config = config_of(name)
@@ -181,11 +193,19 @@ class Engine:
             backend=backend,
             exported=exported,
             progress=progress,
+            max_sessions=max_sessions,
+            efforts=efforts,
         )
 
     def implementations(self) -> dict[str, str]:
         """Which implementation serves each operation."""
         return dict(self.ops.names)
+
+    @property
+    def pages(self) -> PageCount | None:
+        """Pages of all sessions, where there is a budget (`max_sessions`); waits for what is queued on a GPU."""
+        self._check_open()
+        return self._lanes.pages()
 
     def encode_prompt(self, prompt: str) -> list[CrossCache]:
         """Cross-attention keys and values of a prompt, per layer; PromptError for an empty or too long one."""
@@ -203,57 +223,9 @@ class Engine:
             self._prompts.check(scene.prompt)
             self._prompts.ask(pure(scene.prompt))
 
-    def _queue(self) -> AbstractContextManager:
-        """Where a GPU's work is queued, so that no two streams touch the same tensors unawares."""
-        return self._runtime.on(self._runtime.compute) if self._runtime else nullcontext()
-
     def _make_scheduler(self, ops: Ops) -> ChunkScheduler:
-        return ChunkScheduler(self.model, self._segments(ops), Schedule(self.config.sampler))
-
-    def _open_segments(self, backend: str, exported, progress) -> Callable[[Ops], TorchSegments | GraphSegments]:
-        """What makes segments around given operations."""
-        check_backend(backend, exported)
-        if backend == "torch":
-            return partial(TorchSegments, self.model, grid=self.config.grid)
-        if backend in ("tensorrt", "auto"):
-            from cfengine.export.tensorrt_backend import open_fastest, open_tensorrt
-
-            opener = open_tensorrt if backend == "tensorrt" else open_fastest
-            with self._queue():
-                found = opener(self.config, self.model, self.ops, self.text.encode, folder=exported, progress=progress)
-            return found.with_ops if found else partial(TorchSegments, self.model, grid=self.config.grid)
-        from cfengine.export.backend import open_onnx  # late: it may need the packages of the extra `export`
-
-        return open_onnx(self.config, self.model, self.ops, folder=exported, progress=progress).with_ops
-
-    def _open_lane(self, seeds: list[int]) -> Lane:
-        """A lane for new sessions, one a seed: one that was left, or a new one, which idle ones make room for."""
-        lane = self._idle.take(seeds)
-        if lane is not None:
-            return lane
-        try:
-            return self._new_lane(seeds)
-        except DeviceError:
-            if not self._idle.drop():
-                raise
-        return self._new_lane(seeds)
-
-    def _new_lane(self, seeds: list[int]) -> Lane:
-        """Pages, tables and decoders of new sessions, one a seed, and what runs them."""
-        config, runtime, scheduler, sessions = self.config, self._runtime, self._scheduler, len(seeds)
-        if sessions > 1:
-            scheduler = self._make_scheduler(dataclasses.replace(self.ops, cross_attention=per_session(self.ops)))
-        if runtime:
-            needed = sessions * page_bytes(config, self.dtype.itemsize)
-            check_fits(f"the memory of {sessions} new session(s)", needed, config, self.device, self.dtype.itemsize)
-        with device_errors(config, self.device, self.dtype.itemsize), self._queue():
-            memories = [Memory(config, self.ops, self.dtype, self.device) for _ in range(sessions)]
-            decoders = [self.codec.decoder() for _ in range(sessions)]
-            if runtime is None:
-                return HostLane(scheduler, config, memories, decoders)
-            if runtime.graphs:
-                check_captured(self.ops, used_operations(memories[0].policy.op))
-            return DeviceLane(scheduler, config, memories, decoders, seeds, runtime)
+        ops = dataclasses.replace(ops, cross_attention=per_session(ops))
+        return ChunkScheduler(self.model, self._segments(ops), self._schedule)
 
     def session(
         self,
@@ -263,14 +235,17 @@ class Engine:
         latents: Tensor | None = None,
         image: Pictures | None = None,
         video: Pictures | None = None,
+        policy: str | None = None,
     ) -> Session:
         """Open a live video, which may have a past; frames of that are not given again, and indices go on after them.
 
         latents: (frames, channels, height, width), whole chunks      image: (H, W, 3) uint8 RGB, or a file
         video: (n, H, W, 3) uint8 RGB of any length, or a file      see `Past` for how pictures are fitted to chunks
+        policy: another memory rule over the same number of slots
         On a GPU, pages and captured graphs of a closed session serve the next one; they are let go where memory is
         short, and when the engine is closed.
-        Raises PromptError, ConfigError for a bad seed or past, OutputError for a file that cannot be read.
+        Raises PromptError, ConfigError for a bad seed or past, CapacityError for one more than `max_sessions`,
+        OutputError for a file that cannot be read.
         """
         self._check_open()
         check_seed(seed)
@@ -278,15 +253,12 @@ class Engine:
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} are given; a session goes on from one of them")
         pictures = Past(self.config, image=image, video=video) if given and latents is None else None
-        (session,), _ = self._open([prompt], [seed])
-        try:
+        session = self._alone(prompt, seed, self._ruled(policy))
+        with _closed_on_error(session):
             if latents is not None:
                 session.prime(latents)
             if pictures is not None:
                 self._prime(session, pictures)
-        except BaseException:
-            session.close()
-            raise
         return session
 
     def _prime(self, session: Session, pictures: Past) -> None:
@@ -303,62 +275,86 @@ class Engine:
         Raises SnapshotError for a snapshot of another model or configuration, else as `session`.
         """
         self._check_open()
-        snapshot.check_made_for(self._made_for)
-        (session,), _ = self._open([first_text(snapshot.about["director"])], [snapshot.about["seed"]])
-        try:
+        policy, config = snapshot.made_for.get("memory.policy"), self.config
+        if policy in POLICIES:
+            with suppress(ConfigError):  # where it cannot be, the snapshot is not of this engine
+                config = self._ruled(policy)
+        snapshot.check_made_for(self._fits(config))
+        session = self._alone(first_text(snapshot.about["director"]), snapshot.about["seed"], config)
+        with _closed_on_error(session):
             session.rewind(snapshot)
-        except BaseException:
-            session.close()
-            raise
         return session
 
-    def batch(self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None) -> Batch:
-        """Open live videos that move in lock-step, one a prompt; seeds: one each, 0, 1, 2, ... where not given."""
+    def batch(self, prompts: Sequence[str] = (), *, seeds: Sequence[int] | None = None) -> Batch:
+        """Open live videos that move in lock-step, one a prompt; others may join, and each may leave (`Batch`).
+
+        seeds: one each, 0, 1, 2, ... where not given
+        On a GPU the graphs of every number of sessions are captured here, up to `max_sessions`, else as many as there
+        are prompts; closed, they serve the next batch.
+        """
         self._check_open()
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        if not prompts or len(seeds) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one, and a seed each")
-        for seed in seeds:
-            check_seed(seed)
-        return Batch(*self._open(prompts, seeds))
+        if len(seeds) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; give a seed each")
+        lane = self._lanes.shared(len(prompts))
+        batch = Batch(lane, partial(self._join, lane), self._lanes.keep)
+        self._lanes.lend(lane, batch)
+        with _closed_on_error(batch):
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                batch.join(prompt, seed=seed)
+        return batch
 
-    def _open(self, prompts: Sequence[str], seeds: list[int]) -> tuple[list[Session], Lane]:
-        """Sessions of one lane, which close together, and the lane."""
-        lane = self._open_lane(seeds)
-        sessions: list[Session] = []
-        members: weakref.WeakSet[Session] = weakref.WeakSet()  # a session that is dropped takes its lane along
-        on_close = partial(self._on_close, lane, members)
+    def _join(self, lane: Lane, prompt: str, seed: int, policy: str | None, left: Callable[[Session], None]) -> Session:
+        """A session of a batch; left: told when it closes."""
+        self._check_open()
+        check_seed(seed)
+        config = self._ruled(policy)
+        place = self._lanes.join(lane, config)
+
+        def gone(session: Session) -> None:
+            self._sessions.discard(session)
+            left(session)
+
         try:
-            for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                made = Session(
-                    self.config, lane, self._prompts, prompt, seed, on_close, place=place,
-                    made_for=self._made_for, resume=self.resume,
-                )  # fmt: skip
-                sessions.append(made)
-                members.add(sessions[-1])
-                self._sessions.add(sessions[-1])
+            return self._session(lane, prompt, seed, config, gone, place)
+        except BaseException:
+            lane.leave(place)
+            raise
+
+    def _alone(self, prompt: str, seed: int, config: EngineConfig) -> Session:
+        """A session with a lane of its own."""
+        lane = self._lanes.alone(seed, config)
+        try:
+            session = self._session(lane, prompt, seed, config, partial(self._left, lane))
         except BaseException as error:
             if not isinstance(error, PromptError):  # which leaves the lane as it was
                 lane.close()
-            for session in sessions:
-                session.close()
-            self._keep(lane)
+            self._lanes.keep(lane)
             raise
-        return sessions, lane
+        self._lanes.lend(lane, session)
+        return session
 
-    def _on_close(self, lane: Lane, members: weakref.WeakSet[Session], session: Session) -> None:
-        """Close the other sessions of a lane, which is free when the last is closed."""
+    def _left(self, lane: Lane, session: Session) -> None:
         self._sessions.discard(session)
-        for other in list(members):
-            other.close()
-        self._keep(lane)
+        self._lanes.keep(lane)
 
-    def _keep(self, lane: Lane) -> None:
-        """Keep what was captured for the next sessions; harmless twice."""
-        if isinstance(lane, DeviceLane):
-            self._idle.keep(lane)
-        else:
-            lane.close()  # nothing in it took time to make
+    def _session(self, lane: Lane, prompt: str, seed: int, config: EngineConfig, on_close, place=None) -> Session:
+        session = Session(
+            config, lane, self._prompts, prompt, seed, on_close, place=place, made_for=self._fits(config),
+            resume=self.resume,
+        )  # fmt: skip
+        self._sessions.add(session)
+        return session
+
+    def _ruled(self, policy: str | None) -> EngineConfig:
+        """The configuration of a session; policy: its own, None for the engine's."""
+        if policy is None:
+            return self.config
+        return dataclasses.replace(self.config, memory=with_policy(self.config.memory, policy))
+
+    def _fits(self, config: EngineConfig) -> dict:
+        """What a snapshot of a session of such a configuration says of itself."""
+        return made_for(config, self.dtype, self._fingerprint)
 
     def stream(
         self,
@@ -402,20 +398,9 @@ class Engine:
         format: "rgba8" or "nv12"      say: told one sentence for each event of a program that makes no sense
         Raises RingError where the ring cannot be made, and as `session`.
         """
-        from cfengine.embed import Format, Ring
-        from cfengine.serve import Publisher
+        from cfengine.serve import publish  # late: it needs the compiled extension
 
-        check_num_frames(num_frames)
-        names = {made.name.lower(): made for made in Format}
-        if format not in names:
-            raise ConfigError(f"unknown format {format!r}; choose one of {', '.join(names)}")
-        video = self.config.video
-        with self.session(prompt, seed=seed) as session:
-            chunk = self.config.memory.chunk_frames * video.temporal_stride
-            with Ring(
-                ring, video.width, video.height, fps=video.fps, format=names[format], slots=max(24, 2 * chunk)
-            ) as made:
-                return Publisher(session, made, say=say).run(num_frames=num_frames, stop=stop)
+        return publish(self, prompt, ring, seed=seed, num_frames=num_frames, stop=stop, say=say, format=format)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -423,9 +408,9 @@ class Engine:
 
     def close(self) -> None:
         """Close every session and let the weights go; harmless twice."""
-        for session in list(self._sessions):
-            session.close()
-        self._idle.drop()
+        for user in self._lanes.users():
+            user.close()
+        self._lanes.drop()
         self._prompts.close()
         self._closed = True
         self.model = self.codec = self.text = self._scheduler = self._segments = self._runtime = None
@@ -435,6 +420,16 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextmanager
+def _closed_on_error(opened: Session | Batch) -> Iterator[None]:
+    """Close what was just opened if it cannot be made ready."""
+    try:
+        yield
+    except BaseException:
+        opened.close()
+        raise
 
 
 def _projection(model: CausalDiT, device: torch.device | str) -> Callable[[Tensor], list[CrossCache]]:

@@ -2,7 +2,12 @@
 
 
 class CFEngineError(Exception):
-    """Base of every error that cfengine raises on purpose; the command line prints it as one sentence."""
+    """Base of every error that cfengine raises on purpose; the command line prints it as one sentence.
+
+    event_id: of the event of `Session.push` that it is about, which is dropped; None where it is about none
+    """
+
+    event_id: int | None = None
 
 
 class ConfigError(CFEngineError):
@@ -31,6 +36,22 @@ class KernelError(CFEngineError):
 
 class DeviceError(CFEngineError):
     """A GPU that is too old, too full, without a driver that serves it, or lost."""
+
+
+class CapacityError(CFEngineError):
+    """A session too many for the pages that an engine set aside; in bytes: needed, free, budget."""
+
+    def __init__(self, message: str, *, needed: int = 0, free: int = 0, budget: int = 0) -> None:
+        super().__init__(message)
+        self.needed, self.free, self.budget = needed, free, budget
+
+
+class FaultError(CFEngineError):
+    """Work on a chunk that failed in one session, which is closed; others go on.  part: "decode" or "latents"."""
+
+    def __init__(self, message: str, part: str) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class SnapshotError(CFEngineError):

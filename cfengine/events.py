@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from cfengine.errors import ConfigError, PromptError
 
@@ -44,4 +47,34 @@ class Prompt:
         return int(found[1]) if found else 1
 
 
-Event = Prompt  # every kind that there is
+@dataclass(frozen=True)
+class Reset:
+    """Begin anew with the next chunk, under the prompt of now: memory, decoder and clock of scenes forget everything.
+
+    seed: of the noise from there on; None keeps the session's
+    What is shown is, bit for bit, what a new session of that prompt and seed shows; indices and times of frames,
+    numbers of chunks and of events go on, and the first frame says that it follows nothing (`Frame.cut`). A blend under
+    way is over. A past that the session was opened with is gone too: `Session.rewind` goes back to a moment.
+    Raises ConfigError for a bad seed.
+    """
+
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_seed(self.seed)
+            object.__setattr__(self, "seed", int(self.seed))  # one of numpy is no number of JSON
+
+
+Event = Prompt | Reset  # every kind that there is
+
+
+def event_of(fields: dict[str, Any]) -> Event:
+    """An event from what `dataclasses.asdict` made of it.  Raises TypeError where that is none."""
+    return Prompt(**fields) if "text" in fields else Reset(**fields)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless `seed` fits the noise generator's 64-bit key."""
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise ConfigError(f"seed is {seed!r}; it must be a whole number from 0 to 2**64 - 1")

@@ -20,7 +20,13 @@ LATE = ("repeat", "drop")  # what happens to frames that were not there in time
 
 
 class Source(Protocol):
-    """What makes frames; a `Session` is one."""
+    """What makes frames; a `Session` is one.
+
+    efforts: relative costs of a chunk, full effort first      effort: place in them of the chunks to come
+    """
+
+    efforts: Sequence[float]
+    effort: int
 
     def next_chunk(self) -> list[Frame]:
         """Frames of the next chunk, in order."""
@@ -32,7 +38,7 @@ class Shown:
     """What a display shows.
 
     due: when it was meant to be seen, in seconds of the clock      repeated: a later frame is due and not there yet
-    cut: frames between this one and the one before were left out
+    cut: it does not follow the one before: frames were left out between them, or the session began anew
     """
 
     frame: Frame
@@ -47,7 +53,7 @@ class PlayoutStats:
 
     shown: different frames      missed: times that a frame was due and not there      dropped: frames never shown
     stalled: seconds for which the last frame stood in for one that was due
-    ready: frames that wait      level: of effort, 0 is full
+    ready: frames that wait      level: of effort that the next chunk is made with, 0 is full
     """
 
     shown: int
@@ -61,17 +67,17 @@ class PlayoutStats:
 class Governor:
     """When to spend less on a chunk, and when to come back: by what chunks take against what they show.
 
-    costs: relative cost of a chunk at each level, full effort first
+    costs: relative cost of a chunk at each level, full effort first      level: to begin at
     """
 
     PATIENCE = 2  # chunks in a row that take too long before effort goes down
     RECOVERY = 8  # chunks in a row that would have fitted at the level above before effort goes up
     HEADROOM = 0.85  # share of its time that a chunk may take at the level that is gone back to
 
-    def __init__(self, costs: Sequence[float]) -> None:
+    def __init__(self, costs: Sequence[float], level: int = 0) -> None:
         if not costs or any(later >= earlier for earlier, later in zip(costs, costs[1:], strict=False)):
             raise ConfigError(f"costs of effort are {list(costs)}; give at least one, each lower than the one before")
-        self.costs, self.level = list(costs), 0
+        self.costs, self.level = list(costs), level
         self._slow = self._fast = 0
 
     def saw(self, took: float, lasts: float) -> int:
@@ -97,8 +103,8 @@ class Playout:
         while running:
             shown = play.at(next_display_time)
 
-    `at`, `resume` and `stats` may be called from any one thread while the playout runs; the source belongs to the
-    playout's.
+    A source that cannot keep up is set to levels of less effort, one after the other, and back; see `Governor`. `at`,
+    `resume` and `stats` may be called from any one thread while the playout runs; the source belongs to the playout's.
     """
 
     def __init__(
@@ -108,22 +114,21 @@ class Playout:
         fps: float,
         lead: int = 1,
         late: str = "repeat",
-        efforts: Sequence[tuple[float, Callable[[], None]]] = (),
+        adapt: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """fps: frames a second of the clock
 
         lead: chunks that may be ready or in the making behind the one that is shown
         late: "repeat" holds the last frame and the clock waits for the next; "drop" leaves out what came too late
-        efforts: (relative cost, what sets it) of the levels to fall back to, full effort first
+        adapt: whether the effort of the source follows what it takes, else it stays as it is
         """
         if late not in LATE:
             raise ConfigError(f"late is {late!r}; choose one of {', '.join(LATE)}")
         if not fps > 0 or lead < 1:
             raise ConfigError(f"fps is {fps} and lead {lead}; give a rate above 0 and a lead of at least 1 chunk")
         self._source, self._period, self._lead, self._late, self._clock = source, 1 / fps, lead, late, clock
-        self._governor = Governor([cost for cost, _ in efforts] or [1.0])
-        self._efforts = [apply for _, apply in efforts]
+        self._governor, self._adapt = Governor(source.efforts, source.effort), adapt
         self._ready: deque[Frame] = deque()
         self._current: Frame | None = None
         self._due = self._current_due = 0.0  # of the first frame that is ready or to come, and of the one shown
@@ -167,6 +172,7 @@ class Playout:
         while self._ready and self._due <= when:
             self._current, self._current_due = self._ready.popleft(), self._due
             self._due += self._period
+            self._cut |= self._current.cut
             moved += 1
         if moved:
             self._shown += 1
@@ -203,9 +209,8 @@ class Playout:
                         return
                 began = self._clock()
                 frames = self._source.next_chunk()
-                level = self._governor.level
-                if self._governor.saw(self._clock() - began, len(frames) * self._period) != level:
-                    self._efforts[self._governor.level]()
+                if self._adapt:
+                    self._source.effort = self._governor.saw(self._clock() - began, len(frames) * self._period)
                 with self._wake:
                     self._accept(frames)
         except BaseException as error:  # the display is told; this thread has nobody to tell

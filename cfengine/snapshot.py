@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from cfengine.memory.memory import Memory
 
 FORMAT = 1
-COUNTERS = ("seed", "start", "index", "chunks")  # first latent frame, video frame and chunk to come
+COUNTERS = ("seed", "start", "index", "chunks", "effort")  # first latent frame, video frame and chunk to come
 POOL = ("memory.k", "memory.v", "memory.k_scale", "memory.v_scale")  # (layers, pages, ...), whole or page by page
+SAMPLES = 64  # numbers of a weight that tell models apart
 _KEY = "cfengine snapshot"
 _PAST = re.compile(r"decoder\.[0-9]{1,6}")  # a part of the decoder's past, which differs from codec to codec
 
@@ -211,14 +212,29 @@ def _described(form: Any) -> str:
     return "no snapshot" if form is None else f"a snapshot of format {form!r}"
 
 
-def made_for(config: EngineConfig, dtype: torch.dtype, weights: list[Tensor]) -> dict[str, Any]:
+@torch.inference_mode()
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of names, shapes and SAMPLES numbers of every weight, at equal distances from the first on.
+
+    It tells a model from a fine-tune of it at the price of one transfer, whatever the device; weights that differ only
+    in numbers between the samples look alike.
+    """
+    told, parts = hashlib.sha256(), []
+    for name, weight in weights:
+        told.update(f"{name} {tuple(weight.shape)} ".encode())
+        flat = weight.reshape(-1)
+        parts.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
+    told.update(torch.cat(parts).cpu().numpy().tobytes())
+    return told.hexdigest()[:16]
+
+
+def made_for(config: EngineConfig, dtype: torch.dtype, weights: str) -> dict[str, Any]:
     """What decides whether a snapshot fits an engine, as values of JSON by name.
 
-    weights: a few small ones, which tell models of equal sizes apart
+    weights: their `fingerprint`
     Which kernels run, on which device, is not part of it: elsewhere a stream goes on as near as rounding lets it.
     """
-    told = hashlib.sha256(b"".join(weight.detach().float().cpu().numpy().tobytes() for weight in weights))
-    values = {"codec": config.codec, "text": config.text, "dtype": str(dtype), "weights": told.hexdigest()[:16]}
+    values = {"codec": config.codec, "text": config.text, "dtype": str(dtype), "weights": weights}
     for name in ("model", "memory", "sampler", "video", "precision"):
         part = getattr(config, name)
         values |= {f"{name}.{field.name}": getattr(part, field.name) for field in dataclasses.fields(part)}

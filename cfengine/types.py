@@ -47,7 +47,8 @@ class ChunkTimings:
     beside the clean pass of the same chunk, so that the parts add up to more than a chunk takes. `memory` is what
     happened since the frames before: in the clean pass of the previous chunk and the denoise passes of this one.
     `recache` is what a switch of that name cost before the chunk. `events` are those that this chunk is the first to
-    show, in their order.
+    show, in their order. `effort` is the level that the chunk was made at, 0 for full, and `passes` the denoise passes
+    of that level.
     """
 
     chunk: int
@@ -58,6 +59,8 @@ class ChunkTimings:
     memory: LayerEvents = field(default_factory=LayerEvents)
     recache: float = 0.0
     events: tuple[Receipt, ...] = ()
+    effort: int = 0
+    passes: int = 0
 
     @property
     def total(self) -> float:
@@ -72,6 +75,7 @@ class Frame:
     time: presentation time in seconds (index / fps)      timings: of the chunk this frame belongs to
     last_event_id: of the newest event of `Session.push` that this frame shows, 0 where there was none
     applied_at_chunk: the first chunk that shows it (`ChunkTimings.chunk`), None where there was none
+    cut: it follows nothing: the first frame after a `Reset`
     """
 
     pixels: np.ndarray
@@ -80,3 +84,4 @@ class Frame:
     timings: ChunkTimings
     last_event_id: int = 0
     applied_at_chunk: int | None = None
+    cut: bool = False

@@ -28,22 +28,25 @@ ALLOWED: dict[str, set[str] | None] = {
     "playout": set(),  # a clock and whatever makes chunks
     "steering": set(),  # words
     "device": set(),
-    # ops: it chooses; export: a backend that has no export yet makes one
+    "batch": {"session", "scheduler", "device"},
+    "backends": {"choices", "model", "segments", "ops", "export"},  # export: one that has no export yet makes one
+    "lanes": {"scheduler", "memory", "codec", "device", "choices", "ops"},  # what sessions run on, and who has it
+    # ops: it chooses
     "engine": {
         "session",
+        "backends",
+        "batch",
+        "lanes",
         "snapshot",
         "pictures",
         "choices",
         "scheduler",
         "memory",
         "model",
-        "segments",
         "codec",
         "ops",
         "device",
-        "export",
         "sources",
-        "embed",  # what `publish` writes into
         "serve",
     },
     "sources": {"model", "checkpoint"},  # sizes of a checkpoint are read off its tensors, or said beside them
@@ -60,7 +63,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "testing": {"model", "segments", "memory", "scheduler", "ops", "export"},
     "training": {"model", "memory", "scheduler", "codec", "ops"},
     "embed": {"_C"},  # the ring is C; whoever has frames hands them over
-    "serve": {"session", "embed", "steering"},
+    "serve": {"session", "playout", "embed", "steering"},
     "cli": ANYTHING,
     "cli_generate": ANYTHING,
     "cli_play": ANYTHING,

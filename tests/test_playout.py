@@ -18,8 +18,10 @@ pytestmark = pytest.mark.cpu
 class Source:
     """Chunks of four frames, each as soon as the test allows it."""
 
+    efforts, effort = (1.0,), 0
+
     def __init__(self) -> None:
-        self.made, self.event, self.error = 0, 0, None
+        self.made, self.event, self.error, self.cut = 0, 0, None, False
         self.allowed, self.waiting = threading.Semaphore(0), threading.Semaphore(0)
 
     def next_chunk(self) -> list[Frame]:
@@ -30,7 +32,7 @@ class Source:
         timings, first = ChunkTimings(chunk=self.made, denoise=0.0, decode=0.0), 4 * self.made
         self.made += 1
         pixels = np.zeros((1, 1, 3), np.uint8)
-        return [Frame(pixels, first + i, 0.0, timings, self.event, None) for i in range(4)]
+        return [Frame(pixels, first + i, 0.0, timings, self.event, None, cut=self.cut and i == 0) for i in range(4)]
 
 
 class Clock:
@@ -141,6 +143,20 @@ def test_what_an_event_changed_is_shown_at_once(source) -> None:
         assert not play.at().cut
 
 
+def test_a_frame_that_follows_nothing_is_a_cut(source) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        source.cut = True
+        assert [play.at().cut for _ in range(2)] == [False, False]
+        let(source, play)
+        cuts = []
+        for _ in range(6):
+            clock.now += 0.1
+            cuts.append(play.at().cut)
+        assert cuts == [False, False, False, True, False, False] and play.stats().dropped == 0
+
+
 def test_what_the_source_raises_reaches_the_display_after_the_last_frame(source) -> None:
     clock = Clock()
     with Playout(source, fps=10, clock=clock) as play:
@@ -161,6 +177,38 @@ def test_effort_goes_down_when_chunks_are_late_and_comes_back(source) -> None:
     assert [governor.saw(0.5, 1.0) for _ in range(9)] == [2] * 7 + [1, 1]
     assert [governor.saw(0.7, 1.0) for _ in range(20)] == [1] * 20, "0.875 of the time leaves too little room"
     assert [governor.saw(1.1, 1.0), governor.saw(0.9, 1.0), governor.saw(1.1, 1.0)] == [1, 1, 1], "not in a row"
+    assert Governor([5, 4, 3], level=2).saw(0.9, 1.0) == 2
+
+
+class Loaded(Source):
+    """Takes what its machine takes: `load` seconds at full effort, of a clock that only it moves."""
+
+    efforts = (1.0, 0.8, 0.6)
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.load, self.levels = clock, 0.2, []
+
+    def next_chunk(self) -> list[Frame]:
+        frames = super().next_chunk()
+        self.clock.now += self.load * self.efforts[self.effort]
+        self.levels.append(self.effort)
+        return frames
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_a_source_that_cannot_keep_up_degrades_in_order_and_comes_back(adapt: bool) -> None:
+    """Chunks of 0.4 s. A load of 0.6 s fits at 0.6 of the effort alone; 0.2 s fits at all of it."""
+    clock = Clock()
+    source = Loaded(clock)
+    with Playout(source, fps=10, lead=30, adapt=adapt, clock=clock) as play:
+        for chunk in range(30):
+            source.load = 0.6 if 2 <= chunk < 8 else 0.2
+            let(source, play)
+            until(lambda chunk=chunk: play.stats().ready == 4 * (chunk + 1))
+        assert play.stats().level == source.effort == 0  # a lead of 30 chunks is made: the thread waits
+    down = [0] * 4 + [1] * 2 + [2] * 2
+    assert source.levels[:30] == (down + [2] * 8 + [1] * 8 + [0] * 6 if adapt else [0] * 30)
 
 
 @pytest.mark.parametrize(

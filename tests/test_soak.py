@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cfengine import Prompt
+from cfengine import Prompt, Reset
 from cfengine.config import MemoryConfig
 
 pytestmark = pytest.mark.cpu
@@ -38,16 +38,24 @@ class Watch:
         self.session, self.index, self.chunk, self.frames = session, 0, 0, 0
         self.asked: set[int] = set()  # events that were pushed and not shown yet
         self.shown = 0
+        self.anew = False  # the next frame follows nothing
+        self.passes: set[int] = set()
         self.kept: list[tuple] = []
 
     def look(self) -> None:
         """Take a chunk and hold it against the one before."""
-        frames = self.session.next_chunk()
-        fps = self.session.config.video.fps
+        effort, session = self.session.effort, self.session
+        frames = session.next_chunk()
+        fps = session.config.video.fps
+        assert len(frames) == (9 if self.anew or not self.index else 12)
+        assert (frames[0].timings.effort, frames[0].timings.passes) == (effort, 4 - effort)
+        assert [frame.cut for frame in frames] == [self.anew] + [False] * (len(frames) - 1)
+        self.anew = False
+        self.passes.add(4 - effort)
         for frame in frames:
             assert frame.index == self.index and frame.time == frame.index / fps and frame.timings.chunk == self.chunk
             self.index += 1
-        assert torch.isfinite(self.session.latents).all()
+        assert torch.isfinite(session.latents).all()
         for receipt in frames[0].timings.events:
             assert receipt.event_id in self.asked and receipt.pushed <= receipt.applied <= receipt.shown
             self.asked.remove(receipt.event_id)
@@ -65,10 +73,17 @@ class Watch:
 
 def do_something(watch: Watch, draw: np.random.Generator, switches: list[str]) -> None:
     """One random event before a chunk; most chunks have none."""
-    kind = draw.choice(["none", "prompt", "keep", "back", "branch"], p=[0.7, 0.2, 0.04, 0.03, 0.03])
+    kinds = ["none", "prompt", "keep", "back", "branch", "reset", "effort"]
+    kind = draw.choice(kinds, p=[0.64, 0.2, 0.04, 0.03, 0.03, 0.02, 0.04])
     if kind == "prompt":
         event = Prompt(str(draw.choice(PROMPTS)), str(draw.choice(switches)))
         watch.asked.add(watch.session.push(event, wait=True))
+    elif kind == "reset":
+        seed = None if draw.integers(2) else int(draw.integers(100))
+        watch.asked.add(watch.session.push(Reset(seed), wait=True))
+        watch.anew = True
+    elif kind == "effort":
+        watch.session.effort = int(draw.integers(len(watch.session.efforts)))
     elif kind == "keep":
         watch.keep()
     elif kind == "back" and watch.kept:
@@ -96,6 +111,6 @@ def test_an_hour_of_random_events(toy_engine, policy: str, switches: list[str], 
             if not settled and watch.frames > frames // 10:
                 gc.collect()
                 settled = resident()
-        assert not watch.asked and watch.shown > frames / 12 / 10
+        assert not watch.asked and watch.shown > frames / 12 / 10 and watch.passes == {2, 3, 4}
         gc.collect()
         assert resident() - settled < GROWTH

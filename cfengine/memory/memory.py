@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,17 +11,24 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig
-from cfengine.memory.pages import PagePool, Tables
+from cfengine.memory.budget import Budget, Lease, PageView
+from cfengine.memory.pages import PagePool, Tables, session_pages
 from cfengine.memory.policies import Pass, SlowFastPaper, Window, make_policy
 from cfengine.ops import Ops
 from cfengine.types import LayerEvents
 
 
 class Memory:
-    """A session's pages, tables and rule, and the attention that reads them."""
+    """A session's pages, tables and rule, and the attention that reads them.
 
-    def __init__(self, config: EngineConfig, ops: Ops, dtype, device="cpu") -> None:
-        self.pool = PagePool(config, dtype, device)
+    Its pages are its own, allocated here, or lent by a budget: then it is a seat, that one session after another takes
+    with `open` and leaves with `close`. Tables and rules are the same in both.
+    """
+
+    def __init__(self, config: EngineConfig, ops: Ops, dtype, device="cpu", budget: Budget | None = None) -> None:
+        self.pool = PagePool(config, dtype, device) if budget is None else budget.pool
+        self.lease = None if budget is None else Lease(budget)
+        self._pages = session_pages(config.memory)
         self.tables = Tables(config, device)
         self.policy = make_policy(config.memory, ops)
         self.ops = ops
@@ -32,8 +41,34 @@ class Memory:
 
     @property
     def bytes(self) -> int:
-        """Size of keys and values, fixed for the life of the session."""
-        return self.pool.bytes
+        """Size of its keys and values, fixed for the life of the session; of those that it has set aside for it."""
+        return self.pool.bytes if self.lease is None else self.lease.budget.session_bytes
+
+    def open(self) -> None:
+        """Take pages for a new session.  Raises CapacityError where there are none, with nothing changed."""
+        if self.lease is not None:
+            self.lease.open()
+
+    def close(self) -> None:
+        """Give its pages back, if they were lent; harmless twice."""
+        if self.lease is not None:
+            self.lease.close()
+
+    def take_over(self, other: Memory) -> None:
+        """Go on as the session of another seat of the same budget, which is free then; no page is copied."""
+        self.lease.move(other.lease)
+        for name, theirs in other.tables.tensors().items():
+            self.tables.tensors()[name].copy_(theirs)
+        self.promotions.copy_(other.promotions)
+
+    @property
+    def taken(self) -> bool:
+        """Whether a session holds pages of a budget here."""
+        return self.lease is not None and self.lease.held
+
+    def places(self, layer: int, ids: Tensor) -> Tensor:
+        """Where in the pool pages lie that the tables call `ids`."""
+        return ids if self.lease is None else self.lease.pages[layer].index_select(0, ids)
 
     def attend(
         self, layer: int, q: Tensor | None, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor], step: Pass
@@ -46,15 +81,21 @@ class Memory:
         table = self.tables.layers[layer]
         k_pages, v_pages, scales = self.pool.k[layer], self.pool.v[layer], self.pool.scales(layer)
         query, key_mean = self.ops.qk_norm_rope_store(
-            q, k, v, *norms, k_pages, v_pages, table.spare_ids, self.grid, eps=self.eps, theta=self.theta, **scales
-        )
+            q, k, v, *norms, k_pages, v_pages, self.places(layer, table.spare_ids), self.grid,
+            eps=self.eps, theta=self.theta, **scales,
+        )  # fmt: skip
         self.policy.update(self.tables, layer, key_mean, step)
         if query is None:
             return None
         return self.ops.paged_attention(
-            query, k_pages, v_pages, table.page_ids, table.positions, table.count, table.q_positions, theta=self.theta,
-            **scales, **self.products,
+            query, k_pages, v_pages, self.places(layer, table.page_ids), table.positions, table.count,
+            table.q_positions, theta=self.theta, **scales, **self.products,
         )  # fmt: skip
+
+    def own(self, ids: Tensor | None = None) -> None:
+        """Before pages are written: see to it that no other session shows them.  ids: (layers, n), None for all"""
+        if self.lease is not None:
+            self.lease.own(ids)
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +107,9 @@ class Memory:
             self.policy.flush(self.tables)
 
     def end_pass(self) -> None:
-        """Count the pages promoted in a pass, on the device."""
+        """Count the pages promoted in a pass, on the device, and make sure of those that the next one writes."""
         self.promotions += self.keep * (self.tables.stacked.decision[:, 3] > 0).sum()
+        self.own(self.tables.stacked.spare_ids)
 
     def slots_in_use(self, layer: int) -> int:
         """Slots that a layer has written, from the first; a window's sink may be attended beyond them."""
@@ -79,20 +121,39 @@ class Memory:
         self.tables.reset()
         self.promotions.zero_()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that it holds, by name."""
-        return {**self.pool.tensors(), **self.tables.tensors(), "promotions": self.promotions}
+    def restart(self) -> None:
+        """Forget everything in the middle of a session; pages that a branch shows stay the branch's."""
+        self.reset()
+        self.own(self.tables.stacked.spare_ids)
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over `tensors` of a memory of the same configuration, in place; a page alone is `k.<layer>.<page>`."""
+    def tensors(self) -> dict[str, Tensor | PageView]:
+        """All that it holds, by name."""
+        pages = self.pool.tensors()
+        if self.lease is not None:
+            pages = {name: PageView(tensor, self.lease) for name, tensor in pages.items()}
+        return {**pages, **self.tables.tensors(), "promotions": self.promotions}
+
+    def load(self, tensors: dict[str, Tensor | PageView]) -> None:
+        """Take over `tensors` of a memory of the same configuration, in place; a page alone is `k.<layer>.<page>`.
+
+        Pages of another session of the same budget are shared, and not copied, until one of the two writes them.
+        """
         own = self.tensors()
         for name, theirs in tensors.items():
-            part, *place = name.split(".")
-            (own[part][int(place[0]), int(place[1])] if place else own[part]).copy_(theirs)
+            if torch.is_tensor(theirs) and torch.is_tensor(own.get(name)):
+                own[name].copy_(theirs)
+        if self.lease is not None and self.lease.shares_with(tensors.get("k")):
+            self.lease.share(tensors["k"].lease)
+            self.own(self.tables.stacked.spare_ids)
+            return
+        self.own()
+        own = self.tensors()  # where pages are now
+        for name, layer, page, theirs in _by_page(tensors, self.tables.stacked.page_ids.shape[0], self._pages + 1):
+            own[name][layer, page].copy_(theirs)
 
     def misfits(self, tensors: dict[str, Tensor], start: int) -> list[str]:
         """Tables in `tensors` that no memory of this shape has after `start` frames; rules index by what they say."""
-        slots, pages = self.tables.stacked.page_ids.shape[1], self.pool.k.shape[1]
+        slots, pages = self.tables.stacked.page_ids.shape[1], self._pages + 1
         ranges = {
             "page_ids": (0, pages - 1),
             "spare_ids": (1, pages - 1),
@@ -116,6 +177,17 @@ class Memory:
     def shown(self) -> Shown:
         """What the tables show, where they are."""
         return Shown(self.promotions, self.tables.stacked.sources, self.tables.stacked.count)
+
+
+def _by_page(tensors: dict[str, Tensor | PageView], layers: int, pages: int) -> Iterator[tuple[str, int, int, Tensor]]:
+    """(name, layer, id, page) of what `Memory.load` is given page by page, or as a view of a pool."""
+    for name, theirs in tensors.items():
+        if isinstance(theirs, PageView):
+            for layer, page in itertools.product(range(layers), range(1, pages)):
+                yield name, layer, page, theirs[layer, page]
+        elif "." in name:
+            part, layer, page = name.split(".")
+            yield part, int(layer), int(page), theirs
 
 
 class Shown(NamedTuple):

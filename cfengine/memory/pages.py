@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from cfengine.config import EngineConfig
+from cfengine.config import EngineConfig, MemoryConfig
 from cfengine.kernels.slow_fast_update.reference import SlowFastTable as LayerTable
 
-__all__ = ["LayerTable", "PagePool", "Tables"]
+__all__ = ["LayerTable", "PagePool", "Tables", "session_pages"]
+
+
+def session_pages(memory: MemoryConfig) -> int:
+    """Pages of a layer that a session needs at most: what its slots show, and what the pass in flight writes."""
+    return memory.slots + memory.chunk_frames
 
 
 class PagePool:
-    """Keys and values of one session: one page per latent frame and layer, allocated once.
+    """Keys and values, one page per latent frame and layer, allocated once: of one session, or of several.
 
-    k, v: (layers, pages, page_tokens, heads, head_dim).  pages = slots + chunk_frames + 1: what the tables can show,
-    the pages that the pass in flight writes, and page 0, which stays zero and stands for a slot never written.
+    k, v: (layers, pages, page_tokens, heads, head_dim).  pages = sessions * `session_pages` + 1; page 0 stays zero and
+    stands for a slot never written. Of several sessions, `Budget` says whose pages the others are.
 
     In e4m3 (`PrecisionConfig.pages`) a key is k * k_scale[layer, page, head], and a value likewise; k_scale, v_scale:
     (layers, pages, heads) float32, else None. Products on fp8 tensor cores want both operands contiguous along the sum,
     so v is then a view whose tokens lie side by side, padded to a multiple of 32 with zeros.
     """
 
-    def __init__(self, config: EngineConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        model, memory = config.model, config.memory
-        shape = (model.layers, memory.slots + memory.chunk_frames + 1, config.page_tokens, model.heads, model.head_dim)
+    def __init__(
+        self, config: EngineConfig, dtype: torch.dtype, device: torch.device | str = "cpu", sessions: int = 1
+    ) -> None:
+        model, count = config.model, sessions * session_pages(config.memory) + 1
+        shape = (model.layers, count, config.page_tokens, model.heads, model.head_dim)
         if config.precision.pages != "fp8":
             self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             self.k_scale = self.v_scale = None
@@ -45,9 +52,21 @@ class PagePool:
         named = {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def clear_zero(self) -> None:
+        """Make page 0 zero again, where passes of no session have written (`Budget`)."""
+        for name, tensor in self.tensors().items():
+            page = tensor[:, 0]
+            page.fill_(1.0) if name.endswith("scale") else page.zero_()
+
     @property
     def bytes(self) -> int:
+        """Size of all pages, scales included."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of one page, that is of one latent frame in one layer."""
+        return self.bytes // (self.k.shape[0] * self.k.shape[1])
 
 
 class Tables:

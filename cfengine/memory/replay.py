@@ -51,6 +51,7 @@ class Replay:
         rows = [self._row(layer, start) for layer in range(len(self._ids))]
         stacked = (torch.from_numpy(np.array(part, np.int32)).to(self.device) for part in zip(*rows, strict=True))
         self._page_ids, self._at, self._count, self._q_at, self._written = stacked
+        self._memory.own(self._written)
 
     def _row(self, layer: int, start: int) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
         """(page_ids, positions, count, q_positions, pages to write) of one layer, as `LayerTable` has them."""
@@ -75,15 +76,17 @@ class Replay:
         memory, table, written = self._memory, self._memory.tables.layers[layer], self._written[layer]
         k_pages, v_pages, scales = memory.pool.k[layer], memory.pool.v[layer], memory.pool.scales(layer)
         query, key_mean = memory.ops.qk_norm_rope_store(
-            q, k, v, *norms, k_pages, v_pages, written, memory.grid, eps=memory.eps, theta=memory.theta, **scales
-        )
+            q, k, v, *norms, k_pages, v_pages, memory.places(layer, written), memory.grid,
+            eps=memory.eps, theta=memory.theta, **scales,
+        )  # fmt: skip
         if not isinstance(memory.policy, Window):  # which compares nothing
             table.last_key.copy_(key_mean)
         if memory.tables.descriptors.shape[1]:
             memory.tables.descriptors[layer][written.long()] = key_mean
         if query is None:
             return None
-        shown = self._page_ids[layer], self._at[layer], self._count[layer], self._q_at[layer]
+        ids = memory.places(layer, self._page_ids[layer])
+        shown = ids, self._at[layer], self._count[layer], self._q_at[layer]
         return memory.ops.paged_attention(
             query, k_pages, v_pages, *shown, theta=memory.theta, **scales, **memory.products
         )

@@ -42,13 +42,15 @@ class MemoryBatch:
 
 
 def per_session(ops: Ops):
-    """`ops.cross_attention` over the tokens of several sessions, each against the keys of its own prompt.
+    """`ops.cross_attention` over the tokens of one session, or of several, each against the keys of its own prompt.
 
-    -> cross_attention(q, *caches), one (k, v, bias) a session
+    -> cross_attention(q, k, v, bias), or cross_attention(q, *caches) with one (k, v, bias) a session
     """
     attention = ops.cross_attention
 
     def cross_attention(q: Tensor, *caches) -> Tensor:
+        if torch.is_tensor(caches[0]):
+            return attention(q, *caches)
         parts = zip(q.chunk(len(caches)), caches, strict=True)
         return torch.cat([attention(part, *cache) for part, cache in parts])
 
@@ -63,8 +65,3 @@ def joined(memories: list[Memory], starts, cuts, prompts):
     if len(memories) == 1:
         return memories[0], starts[0], cuts[0], prompts[0]
     return MemoryBatch(memories), starts, cuts, [tuple(caches) for caches in zip(*prompts, strict=True)]
-
-
-def alone(cross: list, sessions: int) -> list:
-    """A session's prompt, per layer, to a pass over that session only, by what makes passes over `sessions` of them."""
-    return cross if sessions == 1 else [(cache,) for cache in cross]

@@ -47,26 +47,29 @@ class ChunkScheduler:
         noise: Callable[[int], Tensor],
         *,
         cut: bool | Tensor = False,
+        effort: int = 0,
         observe: Callable[[int, float, Tensor, Tensor], None] | None = None,
         trace=None,
     ) -> Tensor:
-        """Noise to x0 in as many passes as the schedule has steps.
+        """Noise to x0 in as many passes as the schedule has steps, or as a level of effort leaves of them.
 
-        start_frame, cut: plain values, or (1,) int32 on the device
-        noise(i): (frames, channels, height, width) float32, i = 0 for the start, then one for each re-noising
+        start_frame, cut: plain values, or (1,) int32 on the device      effort: see `Schedule.efforts`
+        noise(i): (frames, channels, height, width) float32, what pass i of the full schedule begins with or is given
         observe(pass, timestep, flow, x0) sees every pass      -> x0 (frames, channels, height, width) float32
         """
         schedule, ops = self.schedule, self.segments.ops
         step = Pass(start_frame, cut=cut)
         device = memory.device
-        x = noise(0).to(device)
-        for i, timestep in enumerate(schedule.warped):
+        passes = schedule.efforts[effort]
+        x = noise(passes[0]).to(device)
+        for i, later in zip(passes, [*passes[1:], None], strict=True):
+            timestep = schedule.warped[i]
             flow = self._pass(memory, x, step, timestep, cross, trace=trace)
             x0 = ops.flow_to_x0(x, flow, schedule.sigma(timestep))
             if observe:
                 observe(i, timestep, flow, x0)
-            if i + 1 < len(schedule.warped):
-                x = ops.renoise(x0, noise(i + 1).to(device), schedule.sigma(schedule.warped[i + 1]))
+            if later is not None:
+                x = ops.renoise(x0, noise(later).to(device), schedule.sigma(schedule.warped[later]))
         return x0
 
     @torch.inference_mode()

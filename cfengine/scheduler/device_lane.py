@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
+from cfengine.errors import CapacityError
 from cfengine.memory.kept import KeptLatents
 from cfengine.memory.memory import Memory, Shown
 from cfengine.ranges import span
-from cfengine.scheduler.batch import alone
 from cfengine.scheduler.chunk import ChunkScheduler
-from cfengine.scheduler.lane import Chunk, Step, check_steps, named, part_of, shown_in
+from cfengine.scheduler.lane import Chunk, Step, named, not_finite, part_of, shared_effort, shown_in
+from cfengine.scheduler.noise import NoiseAhead
 from cfengine.scheduler.program import ChunkProgram, DecodeProgram
-from cfengine.scheduler.sampler import counter_noise
 
 
 @dataclass
@@ -34,45 +34,22 @@ class Marks:
     cleaned: Any
 
 
-class NoiseAhead:
-    """Noise of the next chunk, drawn in pinned memory while the GPU works on this one.
-
-    Two buffers in turn: the copy out of one may still be queued while the other is filled.
-    """
-
-    def __init__(self, buffers: list[Tensor], frames: int) -> None:
-        """buffers: two of (steps, sessions * frames, channels, height, width) float32."""
-        self._buffers, self._frames, self._turn = buffers, frames, 0
-        self._drawn: list[tuple[int, int]] | None = None
-
-    def take(self, wanted: list[tuple[int, int]]) -> Tensor:
-        """Noise for one (seed, first latent frame) a session."""
-        if self._drawn != wanted:
-            self.draw(wanted)
-        return self._buffers[self._turn]
-
-    def draw(self, wanted: list[tuple[int, int]]) -> None:
-        self._turn, self._drawn = 1 - self._turn, None  # until all of it is there
-        for step, noise in enumerate(self._buffers[self._turn]):
-            for place, out in enumerate(noise):
-                seed, first = wanted[place // self._frames]
-                counter_noise(seed, first + place % self._frames, step, tuple(out.shape), out)
-        self._drawn = wanted
-
-
 @dataclass
 class HostBuffers:
-    """What comes back from the device for one chunk, in pinned memory; one entry a session."""
+    """What comes back from the device for one chunk, in pinned memory; one entry a place."""
 
     frames: list[Tensor]
     shown: list[Shown]
-    counts: list[int]  # frames in use
+    finite: Tensor  # (places,) bool, of the latents
+    counts: list[int | Exception]  # frames in use, or what its decoder raised
 
 
 class DeviceLane:
     """See `Lane`. Everything is allocated, warmed up and captured here; a chunk then only fills, replays and waits.
 
-    Since that takes seconds, a lane outlives its sessions: `reset` makes it new, `expect` names who comes next.
+    It has room for as many sessions as it was given memories. Those that are open have the first places, and the passes
+    of every number of sessions are captured, at every level of effort that the schedule has. Since that takes seconds,
+    a lane outlives its sessions: `reset` makes it new, `join` opens the next.
 
     compute:  noise in | denoise graph | tables out | clean graph | ...
     decoding:                          | decoder graph | frames out |
@@ -84,16 +61,28 @@ class DeviceLane:
         config: EngineConfig,
         memories: list[Memory],
         decoders: list[StreamDecoder],
-        seeds: list[int],
         runtime: Any,
     ) -> None:
-        """seeds: see `expect`      runtime: a `CudaRuntime`, or what does without a GPU what it does."""
+        """memories: of one budget, where several      runtime: a `CudaRuntime`, or what does its work without a GPU."""
         self.memories, self._runtime, self._scheduler = memories, runtime, scheduler
+        self.costs = scheduler.schedule.costs
+        lease = memories[0].lease
+        self._order = nullcontext() if lease is None else lease.budget.lock  # passes change what a budget counts
+        self.kind = config.memory, len(memories)  # lanes of a kind can stand in for one another
         video, frames = config.video, config.memory.chunk_frames
         self._frames = frames
         with runtime.on(runtime.compute), torch.inference_mode():
             self._program = program = ChunkProgram(scheduler, config, memories)
-            self._run_denoise, self._run_clean = self._capture(program.denoise, program.clean, runtime.compute)
+            self._parts = {count: program.part(count) for count in range(len(memories), 0, -1)}  # largest first: memory
+            self._passes = {
+                n: self._capture(part.denoise, part.clean, runtime.compute) for n, part in self._parts.items()
+            }
+            self._reduced = {
+                (n, effort): self._capture_one(partial(part.denoise, effort), runtime.compute)
+                for n, part in self._parts.items()
+                for effort in range(1, len(self.costs))
+            }
+            memories[0].pool.clear_zero()  # which memories without pages have written
             self._kept = [KeptLatents(config, memory.device) for memory in memories]
         with runtime.on(runtime.decoding), torch.inference_mode():
             parts = program.x0.chunk(len(memories))
@@ -105,7 +94,6 @@ class DeviceLane:
         self._noise = NoiseAhead([runtime.pinned(tuple(noise.shape), noise.dtype) for _ in range(2)], frames)
         self._marks = [Marks(*(runtime.event() for _ in range(6))) for _ in range(2)]
         self.reset()
-        self.expect(seeds)
 
     def _capture(self, first: Any, second: Any, stream: Any) -> tuple[Any, Any]:
         """Both calls captured; they run once before: a capture can neither compile kernels nor compute constants."""
@@ -113,23 +101,62 @@ class DeviceLane:
         second()
         return self._runtime.capture(first, stream), self._runtime.capture(second, stream)
 
+    def _capture_one(self, call: Any, stream: Any) -> Any:
+        call()
+        return self._runtime.capture(call, stream)
+
     @torch.inference_mode()
     def reset(self) -> None:
-        """Forget what was, so that new sessions find what a new lane shows them; waits for what is queued.
-
-        Decoders need no word: a first chunk reads no past, and writes all of it for those that follow.
-        """
+        """Let all sessions go, and give their pages back; waits for what is queued."""
         self._wait()
         with self._runtime.on(self._runtime.compute):
             for memory in self.memories:
-                memory.reset()
-            self._shown = [memory.show() for memory in self.memories]
-        for prompt, kept in zip(self._program.prompts, self._kept, strict=True):
+                memory.close()
+        for prompt in self._program.prompts:
             prompt.forget()
-            kept.reset()
-        self._begun = [False] * len(self.memories)  # decoders that have a past
+        self._shown: list[Shown] = []  # one a session
+        self._begun: list[bool] = []  # decoders that have a past
         self._chunks = 0  # launched since, given ones included
         self._cleaned: Marks | None = None  # of the chunk before, if it was generated
+
+    @torch.inference_mode()
+    def join(self) -> int:
+        """Take in another session, which finds what one on a new lane finds; returns its place, the last.
+
+        Raises CapacityError. Decoders need no word: a first chunk reads no past, and writes all of it for the next.
+        """
+        place, room = len(self._shown), len(self.memories)
+        if place == room:
+            raise CapacityError(
+                f"the graphs of this batch were captured for {room} sessions and {place} are open; close one, or load "
+                f"the engine with max_sessions={room + 1} or more"
+            )
+        memory = self.memories[place]
+        with self._runtime.on(self._runtime.compute):
+            memory.open()
+            memory.reset()
+            self._shown.append(memory.show())
+        self._program.prompts[place].forget()
+        self._kept[place].reset()
+        self._begun.append(False)
+        return place
+
+    @torch.inference_mode()
+    def leave(self, place: int) -> None:
+        """See `Lane.leave`; waits for what is queued. Pages stay where they are, tables and what decoders keep move."""
+        self._wait()
+        last, runtime = len(self._shown) - 1, self._runtime
+        with runtime.on(runtime.compute):
+            self.memories[place].close()
+            if place != last:
+                self.memories[place].take_over(self.memories[last])
+                self._kept[place].load(self._kept[last].tensors())
+                self._decode[place].load(self._decode[last].past)
+        self._program.prompts[last].forget()
+        for parts in (self._shown, self._begun):
+            parts[place] = parts[-1]
+            parts.pop()
+        self._wait()
 
     def expect(self, seeds: list[int]) -> None:
         """Draw the noise of the first chunk of new sessions, one seed each."""
@@ -142,55 +169,69 @@ class DeviceLane:
     def _host_buffers(self, shape: tuple[int, ...]) -> HostBuffers:
         pinned = self._runtime.pinned
         shown = [Shown(*(pinned(tuple(t.shape), t.dtype) for t in memory.shown())) for memory in self.memories]
-        return HostBuffers([pinned(shape, torch.uint8) for _ in self.memories], shown, [0] * len(self.memories))
+        finite = pinned((len(self.memories),), torch.bool)
+        frames = [pinned(shape, torch.uint8) for _ in self.memories]
+        return HostBuffers(frames, shown, finite, [0] * len(self.memories))
 
     @torch.inference_mode()
-    def run(self, steps: list[Step]) -> list[Chunk]:
+    def run(self, steps: list[Step]) -> list[Chunk | Exception]:
         """See `Lane.run`. The clean pass is queued at once, so the last chunk of a stream pays for it."""
-        check_steps(steps, len(self.memories))
         with span(f"chunk at frame {steps[0].start}"):
             latents = self._launch(steps)
             self._runtime.lend(latents)
             self._noise.draw([(step.seed, step.start + self._frames) for step in steps])
-            return self._collect(latents, any(step.recache for step in steps))
+            return self._collect(latents, shared_effort(steps), any(step.recache for step in steps))
 
     def _launch(self, steps: list[Step]) -> Tensor:
         """Queue a chunk; returns its latents, (sessions * frames, channels, height, width), on the way."""
-        runtime, program, marks, host = self._runtime, self._program, self._turn(0), self._host[self._chunks % 2]
+        runtime, marks, host = self._runtime, self._turn(0), self._host[self._chunks % 2]
+        program, (denoise, clean) = self._parts[len(steps)], self._passes[len(steps)]
+        denoise = self._reduced.get((len(steps), shared_effort(steps)), denoise)
         noise = self._noise.take([(step.seed, step.start) for step in steps])
         with runtime.on(runtime.compute):
             self._set(steps)
-            program.noise.copy_(noise, non_blocking=True)
+            for place, drawn in zip(program.noise, noise, strict=True):  # each in one piece, so that nobody waits
+                place.copy_(drawn, non_blocking=True)
             marks.opened.record()
             for place, step in enumerate(steps):
+                if step.reset:
+                    self._restart(place)
                 if step.opens:
                     self.memories[place].flush()
                 if step.recache:
                     self._recache(place)
             marks.began.record()
             with span("denoise"):
-                self._run_denoise()
+                with self._order:
+                    denoise()
             latents = program.x0.clone()
             self._keep(steps)
-            for memory, shown in zip(self.memories, host.shown, strict=True):
-                memory.show(shown)
+            for place in range(len(steps)):
+                self.memories[place].show(host.shown[place])
+            host.finite[: len(steps)].copy_(program.finite, non_blocking=True)
             marks.denoised.record()
         self._queue_decode(marks, host)
         with runtime.on(runtime.compute), span("clean"):
-            self._run_clean()
+            with self._order:
+                clean()
             marks.cleaned.record()
         return latents
 
+    def _restart(self, place: int) -> None:
+        """Make a session what a new one is; its decoder's first chunk reads no past. Waits for its tables."""
+        self.memories[place].restart()
+        self._kept[place].reset()
+        self._shown[place], self._begun[place] = self.memories[place].show(), False
+
     def _recache(self, place: int) -> None:
         """Compute a session's pages again, not from a graph: how many passes it takes differs. Waits for its tables."""
-        cross = alone(self._program.prompts[place].layers, len(self.memories))
-        self._scheduler.recache(self.memories[place], cross, self._kept[place])
+        self._scheduler.recache(self.memories[place], self._program.prompts[place].layers, self._kept[place])
 
     def _keep(self, steps: list[Step]) -> None:
         """Keep the latents of a chunk on the way; what the memory showed of the chunk before, the host knows."""
-        parts = self._program.x0.chunk(len(steps))
-        for kept, step, part, shown in zip(self._kept, steps, parts, self._shown, strict=True):
-            kept.put(step.start, part, shown)
+        parts = self._program.x0.split(self._frames)
+        for place, (step, shown) in enumerate(zip(steps, self._shown, strict=True)):
+            self._kept[place].put(step.start, parts[place], shown)
 
     def _turn(self, back: int) -> Marks:
         return self._marks[(self._chunks - back) % 2]
@@ -207,35 +248,51 @@ class DeviceLane:
         runtime = self._runtime
         with runtime.on(runtime.decoding), span("decode"):
             runtime.decoding.wait_event(marks.denoised)
-            for program, part in zip(self._decode, self._program.x0.chunk(len(self.memories)), strict=True):
-                program.latents.copy_(part)
+            for place, part in enumerate(self._program.x0.split(self._frames)[: len(self._begun)]):
+                self._decode[place].latents.copy_(part)
             marks.taken.record()
-            for place, (first, later) in enumerate(self._draw):
-                frames = later() if self._begun[place] else first()
-                self._begun[place], host.counts[place] = True, len(frames)
-                host.frames[place][: len(frames)].copy_(frames, non_blocking=True)
+            for place in range(len(self._begun)):
+                try:
+                    host.counts[place] = self._drawn(place, host.frames[place])
+                except Exception as error:  # of one session alone
+                    host.counts[place] = error
             marks.decoded.record()
 
-    def _collect(self, latents: Tensor, recached: bool) -> list[Chunk]:
+    def _drawn(self, place: int, out: Tensor) -> int:
+        """Queue the frames of a session; returns how many there are."""
+        first, later = self._draw[place]
+        frames = later() if self._begun[place] else first()
+        self._begun[place] = True
+        out[: len(frames)].copy_(frames, non_blocking=True)
+        return len(frames)
+
+    def _collect(self, latents: Tensor, effort: int, recached: bool) -> list[Chunk | Exception]:
         """Wait for the frames of the chunk just launched; its clean pass may go on."""
         marks, host, before = self._turn(0), self._host[self._chunks % 2], self._cleaned
         marks.decoded.synchronize()
         denoise, decode = _seconds(marks.began, marks.denoised), _seconds(marks.denoised, marks.decoded)
         clean = _seconds(before.denoised, before.cleaned) if before else 0.0
         recache = _seconds(marks.opened, marks.began) if recached else 0.0
-        events = [old.events_until(new) for old, new in zip(self._shown, host.shown, strict=True)]
-        pixels: list[np.ndarray] = [
-            frames[:count].numpy().copy() for frames, count in zip(host.frames, host.counts, strict=True)
-        ]
-        self._shown, self._cleaned = host.shown, marks
+        shown, self._shown = self._shown, host.shown[: len(self._shown)]
+        events = [old.events_until(new) for old, new in zip(shown, self._shown, strict=True)]
+        self._cleaned = marks
         self._chunks += 1
-        made = zip(pixels, latents.chunk(len(self.memories)), events, strict=True)
-        return [Chunk(*each, denoise, decode, clean, event, recache) for *each, event in made]
+        made: list[Chunk | Exception] = []
+        passes = len(self._scheduler.schedule.efforts[effort])
+        for place, (part, event) in enumerate(zip(latents.split(self._frames), events, strict=True)):
+            count = host.counts[place]
+            if not host.finite[place]:
+                made.append(not_finite(part))
+            elif isinstance(count, Exception):
+                made.append(count)
+            else:
+                pixels = host.frames[place][:count].numpy().copy()
+                made.append(Chunk(pixels, part, denoise, decode, clean, event, recache, effort, passes))
+        return made
 
     @torch.inference_mode()
     def prime(self, step: Step, latents: Tensor) -> int:
         """See `Lane.prime`; waits until it is done."""
-        check_steps([step], len(self.memories))
         runtime, marks, host = self._runtime, self._turn(0), self._host[self._chunks % 2]
         runtime.join()  # the latents are the caller's
         with runtime.on(runtime.compute):
@@ -245,12 +302,15 @@ class DeviceLane:
             marks.denoised.record()
         self._queue_decode(marks, host)
         with runtime.on(runtime.compute):
-            self._run_clean()
-            self._shown = [memory.show(shown) for memory, shown in zip(self.memories, host.shown, strict=True)]
+            with self._order:
+                self._passes[1][1]()
+            self._shown = [self.memories[0].show(host.shown[0])]
             marks.cleaned.record()
         for event in (marks.decoded, marks.cleaned):
             event.synchronize()
         self._chunks, self._cleaned = self._chunks + 1, None
+        if isinstance(host.counts[0], Exception):
+            raise host.counts[0]
         return host.counts[0]
 
     def state(self, place: int) -> dict[str, Tensor]:
@@ -281,8 +341,10 @@ class DeviceLane:
         """See `Lane.close`; what is still queued is waited for, since it reads what is let go."""
         with suppress(RuntimeError):  # a lost GPU has nothing left to wait for
             self._wait()
+            for memory in self.memories:
+                memory.close()
         self.memories, self._decode, self._draw, self._kept, self._program = [], [], [], [], None
-        self._run_denoise = self._run_clean = None
+        self._parts, self._passes, self._reduced, self._scheduler = {}, {}, {}, None
 
 
 def _seconds(begin: Any, end: Any) -> float:

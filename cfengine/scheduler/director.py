@@ -9,75 +9,19 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from cfengine.config import EngineConfig
-from cfengine.errors import CFEngineError, ConfigError, SnapshotError
-from cfengine.events import Event, Prompt
+from cfengine.errors import CFEngineError, ConfigError, DeviceError, PromptError, SnapshotError
+from cfengine.events import Event, Prompt, Reset, event_of
 from cfengine.memory.policies import flushes
-from cfengine.scheduler.prompts import Keys, Mix, PromptCache, finished, mixed, pure, trimmed
+from cfengine.scheduler.prompts import Keys, Mix, PromptCache, bytes_of, finished, trimmed
 from cfengine.scheduler.scenes import Timeline, timeline
+from cfengine.scheduler.script import Orders, Script, Waiting
 from cfengine.types import Receipt
 
 LIMIT = 256  # events that wait: more come from a program that pushes and takes no frames
-
-
-class Cue(NamedTuple):
-    """What a chunk shows."""
-
-    mix: Mix
-    prompt: str  # of its scene; where a blend leads
-    opens: bool  # a scene begins
-    cut: bool  # with a jump of temporal positions
-
-
-@dataclass(frozen=True)
-class Script:
-    """What chunks show from chunk `since` on, until another event; origin: what a blend begins with."""
-
-    event: Prompt
-    timeline: Timeline
-    since: int = 0
-    origin: Mix = ()
-
-    def at(self, chunk: int) -> Cue:
-        """chunk: counted from the start of the session; one before `since` counts as the first."""
-        place = max(0, chunk - self.since)
-        number, opens = self.timeline.at(place)
-        scene = self.timeline.scenes[number]
-        mix = mixed(self.origin, scene.prompt, (place + 1) / self.event.chunks)
-        return Cue(mix, scene.prompt, opens, opens and scene.cut)
-
-    def mixes(self, chunk: int) -> list[Mix]:
-        """All that chunks from `chunk` on can show."""
-        fading = [self.at(k).mix for k in range(max(chunk, self.since), self.since + self.event.chunks - 1)]
-        return list(dict.fromkeys([*fading, *(pure(scene.prompt) for scene in self.timeline.scenes)]))
-
-
-@dataclass
-class Waiting:
-    """An event that no chunk has shown yet."""
-
-    number: int
-    event: Event
-    timeline: Timeline
-    pushed: float
-    at_once: bool  # the next edge takes it, ready or not
-    asked: dict[Mix, Future] = field(default_factory=dict)
-
-    def script(self, before: Script, chunk: int) -> Script:
-        """What it asks for, were it to count from `chunk` on."""
-        return Script(self.event, self.timeline, chunk, trimmed(before.at(chunk).mix))
-
-    def ask(self, prompts: PromptCache, mixes: list[Mix]) -> bool:
-        """Have mixes made beside the chunks, and let go of others; returns whether all are there, or failed."""
-        self.asked = {mix: self.asked[mix] if mix in self.asked else prompts.ask(mix) for mix in mixes}
-        return all(self.asked[mix].done() for mix in mixes)
-
-    def made(self, prompts: PromptCache, mixes: list[Mix]) -> dict[Mix, Keys]:
-        """Mixes and their keys and values, waiting for what is not there yet."""
-        return {mix: self.asked[mix].result() if mix in self.asked else prompts.now(mix) for mix in mixes}
+WAITING_BYTES = 2**30  # keys and values that they may hold: 55 prompts of 100 tokens at 1.3 billion parameters
 
 
 class Director:
@@ -95,11 +39,13 @@ class Director:
         self._count = 0
         self.next = 0  # the chunk that the next edge comes before
         self.last_event_id, self.applied_at_chunk = 0, None
-        self._flush = self._recache = False
+        self._flush = self._recache = self._reset = False
+        self._seed: int | None = None
         self._applied: list[tuple[int, float, float]] = []  # of the chunk to come: event, pushed, applied
         began = time.perf_counter()
         self._script = Script(Prompt(prompt), timeline(prompt, config))
         self._keys = {mix: prompts.now(mix) for mix in self._script.mixes(0)}
+        self._itemsize = self.keys[0].k.element_size()
         self._waited = time.perf_counter() - began  # seconds that callers waited for text since the last chunk
 
     @property
@@ -111,20 +57,16 @@ class Director:
         """Take an event; returns its number, 1, 2, ... See `Session.push`."""
         pushed, began = time.monotonic(), time.perf_counter()
         if not isinstance(event, Event):
-            raise ConfigError(f"{event!r} is no event; push a Prompt(text, switch)")
-        if event.switch == "flush" and not flushes(self._config.memory):
-            raise ConfigError(
-                f"policy {self._config.memory.policy!r} has no scenes to flush; choose another switch, or a policy "
-                "with a window: fifo, sink_window, relative_window"
-            )
-        scenes = timeline(event.text, self._config)
-        for scene in scenes.scenes:
-            self._prompts.check(scene.prompt)
+            raise ConfigError(f"{event!r} is no event; push a Prompt(text, switch) or a Reset(seed)")
+        scenes = self._checked(event) if isinstance(event, Prompt) else None
         if len(self._waiting) >= LIMIT:
             raise CFEngineError(f"{LIMIT} events wait, and a session takes no more; ask it for chunks between events")
         waiting = Waiting(0, event, scenes, pushed, at_once)
         mixes = waiting.script(self._ahead(), self.next).mixes(self.next)
-        if at_once:
+        self._check_room(mixes)
+        if scenes is None:
+            pass  # all that it needs belongs to what was before
+        elif at_once:
             waiting.asked = {mix: finished(self._prompts.now(mix)) for mix in mixes}  # more than the cache may keep
         else:
             waiting.ask(self._prompts, mixes)
@@ -135,10 +77,44 @@ class Director:
                 self._waited += time.perf_counter() - began
             return waiting.number
 
+    def _checked(self, event: Prompt) -> Timeline:
+        """Its scenes.  Raises what is known to be wrong with it."""
+        if event.switch == "flush" and not flushes(self._config.memory):
+            raise ConfigError(
+                f"policy {self._config.memory.policy!r} has no scenes to flush; choose another switch, or a policy "
+                "with a window: fifo, sink_window, relative_window"
+            )
+        scenes = timeline(event.text, self._config)
+        for scene in scenes.scenes:
+            self._prompts.check(scene.prompt)
+        return scenes
+
+    def _check_room(self, mixes: list[Mix]) -> None:
+        """Raise CFEngineError where waiting events would hold too much with these; the first is always taken."""
+        with self._lock:
+            asked = {mix: future for waiting in self._waiting for mix, future in waiting.asked.items()}
+        held = sum(self._bytes(mix, future) for mix, future in asked.items())
+        more = sum(self._bytes(mix) for mix in mixes if mix not in asked)
+        if asked and more and held + more > WAITING_BYTES:
+            raise CFEngineError(
+                f"events that wait hold up to {held:,} bytes of keys and values and this one up to {more:,} more, "
+                f"but a session sets {WAITING_BYTES:,} aside; ask it for chunks between events, or blend over fewer"
+            )
+
+    def _bytes(self, mix: Mix, future: Future | None = None) -> int:
+        """Size of the keys and values of a mix, or the most that they can have while they are not made.
+
+        No encoder makes more tokens of a text than it has bytes; two more begin and end it, and one stands for padding.
+        """
+        if future is not None and future.done():
+            return 0 if future.exception() else bytes_of(future.result())
+        model, longest = self._config.model, max(len(text.encode()) for text, _ in mix)
+        return 2 * self._itemsize * model.layers * model.dim * (min(model.text_len, longest + 2) + 1)
+
     def _ahead(self) -> Script:
         """What the events before a new one lead to: a guess, which the edge sets right."""
         with self._lock:
-            last = self._waiting[-1] if self._waiting else None
+            last = next((waiting for waiting in reversed(self._waiting) if waiting.timeline), None)
         return self._script if last is None else last.script(self._script, self.next)
 
     def edge(self) -> None:
@@ -153,6 +129,10 @@ class Director:
             head = self._waiting[0]
             script = head.script(self._script, self.next)
             mixes = script.mixes(self.next)
+            if head.timeline is None:
+                self._waiting.popleft()
+                self._apply(head, script, {mix: self._keys[mix] for mix in mixes})
+                continue
             if place >= ready and not head.ask(self._prompts, mixes):
                 head.ask(self._prompts, head.script(self._script, self.next + 1).mixes(self.next + 1))
                 return
@@ -166,6 +146,9 @@ class Director:
 
     def _apply(self, waiting: Waiting, script: Script, keys: dict[Mix, Keys]) -> None:
         self._script, self._keys = script, keys
+        if isinstance(waiting.event, Reset):
+            self._reset, self._flush, self._recache = True, False, False
+            self._seed = self._seed if waiting.event.seed is None else waiting.event.seed
         self._flush |= script.event.switch == "flush"
         self._recache |= script.event.switch == "recache"
         self.last_event_id, self.applied_at_chunk = waiting.number, self.next
@@ -176,14 +159,15 @@ class Director:
         """What the next chunk reads."""
         return self._keys[self._script.at(self.next).mix]
 
-    def take(self) -> tuple[Keys, bool, bool, bool]:
-        """(keys and values, flush, recache, cut) of chunk `next`; the one after it is then next."""
-        cue, keys = self._script.at(self.next), self.keys
-        flush, recache = cue.opens or self._flush, self._recache
-        self._flush = self._recache = False
+    def take(self) -> Orders:
+        """Orders for chunk `next`; the one after it is then next."""
+        cue = self._script.at(self.next)
+        orders = Orders(self.keys, cue.opens or self._flush, self._recache, cue.cut, self._reset, self._seed)
+        self._flush = self._recache = self._reset = False
+        self._seed = None
         self.next += 1
         self._keys = {mix: self._keys[mix] for mix in self._script.mixes(self.next)}
-        return keys, flush, recache, cue.cut
+        return orders
 
     def waited(self) -> float:
         """Seconds that callers waited for text since this was last asked."""
@@ -210,6 +194,7 @@ class Director:
             "script": [dataclasses.asdict(self._script.event), self._script.since, self._script.origin],
             "flush": self._flush,
             "recache": self._recache,
+            "reset": [self._reset, self._seed],
             "applied": [number for number, *_ in self._applied],
             "waiting": waiting,
         }
@@ -230,17 +215,18 @@ class Director:
             script = Script(event, timeline(event.text, self._config), _is(int, since), trimmed(mix))
             waiting: deque[Waiting] = deque()
             for number, fields, at_once in about["waiting"]:
-                event = Prompt(**fields)
-                scenes = timeline(event.text, self._config)
+                event = event_of(fields)
+                scenes = timeline(event.text, self._config) if isinstance(event, Prompt) else None
                 waiting.append(Waiting(_is(int, number), event, scenes, now, _is(bool, at_once)))
             upcoming, count, last = (_is(int, about[name]) for name in ("next", "events", "last_event_id"))
             since, flush, recache = about["applied_at_chunk"], _is(bool, about["flush"]), _is(bool, about["recache"])
             since = since if since is None else _is(int, since)
+            reset, seed = _is(bool, about["reset"][0]), Reset(about["reset"][1]).seed
             applied = [(_is(int, number), now, now) for number in about["applied"]]
         keys = {mix: self._prompts.now(mix) for mix in script.mixes(upcoming)}
         self._script, self._keys, self.next = script, keys, upcoming
         self.last_event_id, self.applied_at_chunk = last, since
-        self._flush, self._recache, self._applied = flush, recache, applied
+        self._flush, self._recache, self._reset, self._seed, self._applied = flush, recache, reset, seed, applied
         with self._lock:
             self._waiting, self._count = waiting, max(self._count, count)
 
@@ -256,7 +242,7 @@ def _making_sense() -> Iterator[None]:
     """SnapshotError for what is wrong with values that a file may hold."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ConfigError, PromptError) as error:
         raise SnapshotError(
             f"the snapshot says of its prompts and events what makes no sense ({error!r}); take it again"
         ) from error
@@ -271,5 +257,7 @@ def _is(kind: type, value: Any) -> Any:
 
 def _dropped(waiting: Waiting, error: Exception) -> CFEngineError:
     """What an event that cannot be is reported as."""
-    kind = type(error) if isinstance(error, CFEngineError) else CFEngineError
-    return kind(f"event {waiting.number} ({waiting.event.text!r}) is dropped, the stream goes on: {error}")
+    kind = type(error) if isinstance(error, PromptError | ConfigError | DeviceError) else CFEngineError
+    made = kind(f"event {waiting.number} ({waiting.event.text!r}) is dropped, the stream goes on: {error}")
+    made.event_id = waiting.number
+    return made

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from cfengine.scheduler.device_lane import DeviceLane
 
 
 class IdleLanes:
-    """Lanes that closed sessions have left, at most one for each number of sessions, to be used again."""
+    """Lanes that closed sessions have left, by kind, to be used again."""
 
-    def __init__(self) -> None:
-        self._lanes: dict[int, DeviceLane] = {}
+    def __init__(self, most: int = 1) -> None:
+        """most: lanes of a kind that are kept"""
+        self._most = most
+        self._lanes: dict[Hashable, list[DeviceLane]] = {}
 
     def keep(self, lane: DeviceLane) -> None:
         """Take the lane of closed sessions; harmless twice. One that is closed, or one too many, is let go."""
-        if not lane.memories or lane in self._lanes.values():
+        held = self._lanes.setdefault(lane.kind, [])
+        if not lane.memories or lane in held:
             return
-        if len(lane.memories) in self._lanes:
+        if len(held) >= self._most:
             lane.close()
             return
         try:
@@ -23,18 +28,16 @@ class IdleLanes:
         except RuntimeError:  # the GPU was lost; whoever opens a session next is told
             lane.close()
         else:
-            self._lanes[len(lane.memories)] = lane
+            held.append(lane)
 
-    def take(self, seeds: list[int]) -> DeviceLane | None:
-        """A lane for new sessions, one a seed, or None where there is none of that size."""
-        lane = self._lanes.pop(len(seeds), None)
-        if lane is not None:
-            lane.expect(seeds)
-        return lane
+    def take(self, kind: Hashable) -> DeviceLane | None:
+        """A lane for new sessions, or None where there is none of that kind."""
+        held = self._lanes.get(kind)
+        return held.pop() if held else None
 
     def drop(self) -> bool:
         """Let go of all; returns whether there were any."""
-        lanes, self._lanes = [*self._lanes.values()], {}
+        lanes, self._lanes = [lane for held in self._lanes.values() for lane in held], {}
         for lane in lanes:
             lane.close()
         return bool(lanes)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
-from cfengine.errors import ConfigError
+from cfengine.errors import FaultError
 from cfengine.memory.kept import KeptLatents
 from cfengine.memory.memory import Memory, Shown
 from cfengine.model.dit import CrossCache
 from cfengine.ranges import span
-from cfengine.scheduler.batch import alone, joined
+from cfengine.scheduler.batch import joined
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.sampler import chunk_noise
 from cfengine.types import LayerEvents
@@ -31,6 +31,8 @@ class Step(NamedTuple):
     opens: bool = False  # a scene begins
     cut: bool = False  # with a jump of temporal positions
     recache: bool = False  # pages are computed again under this prompt first
+    reset: bool = False  # everything is forgotten before that
+    effort: int = 0  # level of `Schedule.efforts`
 
 
 class Chunk(NamedTuple):
@@ -43,15 +45,26 @@ class Chunk(NamedTuple):
     clean: float
     events: LayerEvents
     recache: float
+    effort: int
+    passes: int
 
 
 class Lane(Protocol):
-    """Interface of every lane; memories and steps have one entry a session."""
+    """Interface of every lane; steps have one entry a session, in the order of their places."""
 
-    memories: list[Memory]  # none once it is closed
+    memories: list[Memory]  # by place; none once it is closed
+    costs: tuple[float, ...]  # of a chunk at each level of effort, see `Schedule.costs`
 
-    def run(self, steps: list[Step]) -> list[Chunk]:
-        """Generate the next chunk of every session."""
+    def run(self, steps: list[Step]) -> list[Chunk | Exception]:
+        """Generate the next chunk of every session.
+
+        Sessions share their passes, which are those of the one that asks for the most. An exception is what went wrong
+        in one session alone, whose decoder failed or whose latents are not finite; the others go on.
+        """
+        ...
+
+    def leave(self, place: int) -> None:
+        """Let go of one session and give its pages back; the one in the last place takes over its place."""
         ...
 
     def prime(self, step: Step, latents: Tensor) -> int:
@@ -86,65 +99,104 @@ def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
 
 
-def check_steps(steps: list[Step], sessions: int) -> None:
-    """Raise ConfigError unless every session of a lane takes part."""
-    if len(steps) != sessions:
-        raise ConfigError(
-            f"{len(steps)} session asks for a chunk, but it is one of a batch of {sessions} that move in lock-step; "
-            "ask Batch.next_chunk"
-        )
-
-
 def shown_in(state: dict[str, Tensor]) -> Shown:
     """The point that events are counted from, in host memory."""
     return Shown(**{name: tensor.to("cpu", copy=True) for name, tensor in part_of(state, "shown").items()})
 
 
+def shared_effort(steps: list[Step]) -> int:
+    """Level of the passes that steps share: that of the session that asks for the most."""
+    return min(step.effort for step in steps)
+
+
+def not_finite(latents: Tensor) -> FaultError:
+    """What a session is told whose latents hold NaN or infinity; it may be on the way already."""
+    return FaultError(
+        f"the chunk's latents of shape {tuple(latents.shape)} are not all finite, and so would be no later page; "
+        "the session is closed, the frames before stay good: resume a snapshot, or open another with a new seed",
+        "latents",
+    )
+
+
 class HostLane:
     """Pass by pass, as the host asks for it: on a CPU nothing overlaps, so the clean pass waits until it is needed."""
 
-    def __init__(
-        self, scheduler: ChunkScheduler, config: EngineConfig, memories: list[Memory], decoders: list[StreamDecoder]
-    ) -> None:
-        self.memories = memories
-        self._scheduler, self._decoders = scheduler, decoders
+    def __init__(self, scheduler: ChunkScheduler, config: EngineConfig) -> None:
+        self.memories: list[Memory] = []
+        self._scheduler, self.costs = scheduler, scheduler.schedule.costs
+        self._decoders: list[StreamDecoder] = []
         self._frames = config.memory.chunk_frames
         self._shape = config.model.in_channels, config.video.latent_height, config.video.latent_width
-        self._kept = [KeptLatents(config, memory.device) for memory in memories]
-        self._owed: tuple[list[Step], Tensor] | None = None  # chunk whose clean pass is due
+        self._kept: list[KeptLatents] = []
+        self._owed: list[tuple[Step, Tensor]] = []  # of the chunk whose clean pass is due: latents of every session
         self._paid = 0.0  # seconds of a clean pass that ran since, before it was due
-        self._shown = [memory.show() for memory in memories]
+        self._shown: list[Shown] = []
 
-    def run(self, steps: list[Step]) -> list[Chunk]:
+    def join(self, memory: Memory, kept: KeptLatents, decoder: StreamDecoder) -> int:
+        """Take in another session, all its parts new; returns its place, the last.  Raises CapacityError."""
+        self._paid += self._pay()  # which the others owe
+        memory.open()
+        memory.reset()
+        kept.reset()
+        for parts, part in zip(self._parts(), (memory, kept, decoder, memory.show()), strict=True):
+            parts.append(part)
+        return len(self.memories) - 1
+
+    def leave(self, place: int) -> None:
+        """See `Lane.leave`; the clean pass that this session owes is not run."""
+        self.memories[place].close()
+        for parts in (*self._parts(), *([self._owed] if self._owed else [])):
+            parts[place] = parts[-1]
+            parts.pop()
+
+    def _parts(self) -> tuple[list, ...]:
+        return self.memories, self._kept, self._decoders, self._shown
+
+    def run(self, steps: list[Step]) -> list[Chunk | Exception]:
         """See `Lane.run`."""
-        check_steps(steps, len(self.memories))
+        if len(steps) == 1 and steps[0].reset:
+            self._owed = []  # nobody will see what it would leave
         with span("clean"):
             clean, self._paid = self._paid + self._pay(), 0.0
         paid = time.perf_counter()
         for place, (memory, step) in enumerate(zip(self.memories, steps, strict=True)):
+            if step.reset:
+                self._reset(place)
             if step.opens:
                 memory.flush()
             if step.recache:
-                self._scheduler.recache(memory, alone(step.cross, len(steps)), self._kept[place])
+                self._scheduler.recache(memory, step.cross, self._kept[place])
         began = time.perf_counter()
         memory, start, cut, cross = self._joined(steps)
+        effort = shared_effort(steps)
         with span("denoise"):
-            x0 = self._scheduler.denoise(memory, cross, start, lambda i: self._noise(steps, i), cut=cut)
+            x0 = self._scheduler.denoise(memory, cross, start, lambda i: self._noise(steps, i), cut=cut, effort=effort)
         denoised = time.perf_counter()
         parts = x0.chunk(len(steps))
         with span("decode"):
-            pixels = [decoder.decode(part) for decoder, part in zip(self._decoders, parts, strict=True)]
+            pixels = [_decoded(*pair) for pair in zip(self._decoders, parts, strict=True)]
         decoded = time.perf_counter()
-        self._owed = steps, x0
+        self._owed = list(zip(steps, parts, strict=True))
         self._keep(steps, parts)
         seconds = denoised - began, decoded - denoised, clean
         recache = began - paid if any(step.recache for step in steps) else 0.0
         made = zip(pixels, parts, self._events(), strict=True)
-        return [Chunk(*shown, *seconds, event, recache) for *shown, event in made]
+        passes = effort, len(self._scheduler.schedule.efforts[effort])
+        return [
+            pixels if isinstance(pixels, Exception) else Chunk(pixels, part, *seconds, event, recache, *passes)
+            for pixels, part, event in made
+        ]
+
+    @torch.inference_mode()
+    def _reset(self, place: int) -> None:
+        """Make a session what a new one is."""
+        memory, decoder = self.memories[place], self._decoders[place]
+        memory.restart()
+        self._kept[place].reset()
+        self._shown[place], decoder.state = memory.show(), {}
 
     def prime(self, step: Step, latents: Tensor) -> int:
         """See `Lane.prime`."""
-        check_steps([step], len(self.memories))
         self._pay()
         self._scheduler.clean_pass(self.memories[0], step.cross, step.start, latents)
         self._keep([step], (latents,))
@@ -169,13 +221,13 @@ class HostLane:
 
     def _pay(self) -> float:
         """Run the clean pass that the last chunk still owes; returns the seconds that it took."""
-        if self._owed is None:
+        if not self._owed:
             return 0.0
         began = time.perf_counter()
-        steps, x0 = self._owed
+        steps, parts = zip(*self._owed, strict=True)
         memory, start, cut, cross = self._joined(steps)
-        self._scheduler.clean_pass(memory, cross, start, x0, cut=cut)
-        self._owed = None
+        self._scheduler.clean_pass(memory, cross, start, torch.cat(parts), cut=cut)
+        self._owed = []
         return time.perf_counter() - began
 
     def state(self, place: int) -> dict[str, Tensor]:
@@ -192,7 +244,7 @@ class HostLane:
         """See `Lane.restore`."""
         if len(self.memories) > 1:
             self._paid += self._pay()  # of the other sessions
-        self._owed = None
+        self._owed = []
         memory = self.memories[place]
         memory.load(part_of(state, "memory"))
         self._kept[place].load(part_of(state, "kept"))
@@ -202,4 +254,17 @@ class HostLane:
 
     def close(self) -> None:
         """See `Lane.close`."""
-        self.memories, self._decoders, self._kept, self._owed = [], [], [], None
+        for memory in self.memories:
+            memory.close()
+        self.memories, self._decoders, self._kept, self._shown, self._owed = [], [], [], [], []
+        self._scheduler = None  # which has the weights
+
+
+def _decoded(decoder: StreamDecoder, latents: Tensor) -> np.ndarray | Exception:
+    """Frames, or what is wrong with the latents or was raised by the decoder: that is one session's alone."""
+    if not torch.isfinite(latents).all():
+        return not_finite(latents)
+    try:
+        return decoder.decode(latents)
+    except Exception as error:
+        return error

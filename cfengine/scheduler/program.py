@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class ChunkProgram:
     """The passes of a chunk, of one session or of several in lock-step.
 
     noise: (steps, sessions * frames, channels, height, width) and x0: (sessions * frames, ...), float32
+    finite: (sessions,) bool, whether all of a session's x0 is
     starts, cuts: (sessions, 1) int32      prompts: one a session      all are filled before `denoise`
     """
 
@@ -67,10 +69,23 @@ class ChunkProgram:
         )
         self.noise = torch.zeros(len(config.sampler.steps), *shape, device=device)
         self.x0 = torch.zeros(shape, device=device)
+        self.finite = torch.ones(count, dtype=torch.bool, device=device)
         self.starts, self.cuts = (torch.zeros(count, 1, dtype=torch.int32, device=device) for _ in range(2))
         self.prompts = [PromptBuffers(config, scheduler.model.dtype, device) for _ in memories]
-        self._scheduler = scheduler
-        self._inputs = joined(memories, [*self.starts], [*self.cuts], [prompt.layers for prompt in self.prompts])
+        self._scheduler, self._memories = scheduler, memories
+        self._join(count)
+
+    def _join(self, count: int) -> None:
+        prompts = [prompt.layers for prompt in self.prompts[:count]]
+        self._inputs = joined(self._memories[:count], [*self.starts[:count]], [*self.cuts[:count]], prompts)
+
+    def part(self, count: int) -> ChunkProgram:
+        """The same passes for the sessions in the first `count` places alone, in the same buffers."""
+        rows = self.x0.shape[0] // len(self._memories) * count
+        part = copy.copy(self)
+        part.noise, part.x0, part.finite = self.noise[:, :rows], self.x0[:rows], self.finite[:count]
+        part._join(count)
+        return part
 
     def set(self, place: int, start: int, cut: bool, cross: list[CrossCache]) -> None:
         """Say what a session's next chunk is."""
@@ -78,10 +93,11 @@ class ChunkProgram:
         self.cuts[place].fill_(int(cut))
         self.prompts[place].load(cross)
 
-    def denoise(self) -> None:
-        """noise -> x0, and the tables and pages of every memory."""
+    def denoise(self, effort: int = 0) -> None:
+        """noise -> x0, and the tables and pages of every memory.  effort: see `Schedule.efforts`"""
         memory, start, cut, cross = self._inputs
-        self.x0.copy_(self._scheduler.denoise(memory, cross, start, self.noise.__getitem__, cut=cut))
+        self.x0.copy_(self._scheduler.denoise(memory, cross, start, self.noise.__getitem__, cut=cut, effort=effort))
+        self.finite.copy_(torch.isfinite(self.x0).view(len(self.finite), -1).all(1))
 
     def clean(self) -> None:
         """x0 -> pages that stay."""

@@ -109,7 +109,7 @@ class PromptCache:
             with self._lock:
                 if not self._closed:
                     self._made[mix] = made
-                    while len(self._made) > 1 and sum(map(_bytes, self._made.values())) > KEPT_BYTES:
+                    while len(self._made) > 1 and sum(map(bytes_of, self._made.values())) > KEPT_BYTES:
                         self._made.popitem(last=False)
                 else:
                     self._rows.clear()
@@ -182,5 +182,6 @@ def _serve(jobs: queue.SimpleQueue) -> None:
         del cache, mix, future, job
 
 
-def _bytes(keys: Keys) -> int:
+def bytes_of(keys: Keys) -> int:
+    """Size of keys and values of all layers."""
     return sum(cache.k.nbytes + cache.v.nbytes for cache in keys)

@@ -37,8 +37,7 @@ class Rollout:
         self._make = (model, config, ops, encode, self.seeds)
         device = model.patch_embedding.weight.device
         self.memories = [Memory(config, ops, model.dtype, device) for _ in seeds]
-        if len(self.seeds) > 1:
-            ops = dataclasses.replace(ops, cross_attention=per_session(ops))
+        ops = dataclasses.replace(ops, cross_attention=per_session(ops))
         segments = TorchSegments(model, ops, grid=config.grid)
         self.scheduler = ChunkScheduler(model, segments, Schedule(config.sampler))
         self.latents: Tensor | None = None  # of the newest chunk: (sessions, chunk_frames, channels, height, width)

@@ -20,9 +20,12 @@ class Schedule:
     """Timesteps and noise levels of the passes of a chunk.
 
     sigmas, timesteps: (1000,) float32      warped: the timesteps at which a chunk is denoised
+    efforts: for each level of effort, full first, the passes that a chunk is made of, as places in `warped`
+    costs: of a chunk at each level, in passes, the clean one counted, as a share of full effort
     """
 
-    def __init__(self, config: SamplerConfig) -> None:
+    def __init__(self, config: SamplerConfig, *, reduced: bool = True) -> None:
+        """reduced: with levels below full effort"""
         bad = [step for step in config.steps if not 0 < step <= LENGTH]
         if bad or not config.steps:
             raise ConfigError(
@@ -34,6 +37,27 @@ class Schedule:
         self.warped = [float(self.timesteps[LENGTH - step]) if config.warp else float(step) for step in config.steps]
         self.context_timestep = config.context_timestep
         self._levels: dict[float, float] = {}
+        self.efforts = self._reduced() if reduced else (tuple(range(len(config.steps))),)
+        self.costs = tuple((len(passes) + 1) / (len(config.steps) + 1) for passes in self.efforts)
+
+    def _reduced(self) -> tuple[tuple[int, ...], ...]:
+        """Levels of effort: each leaves out one more pass, until two are left.
+
+        The first pass stays, for a chunk begins as noise alone, and so does the last, for nothing comes after it that
+        could mend what it leaves. Of the others that one goes whose neighbours are nearest to one another in noise, so
+        that the longest stretch between two passes grows by as little as it can: of 1000, 750, 500, 250, which are
+        noise levels 1, 0.94, 0.83 and 0.63 at a shift of 5, first 750 and then 500. Every timestep that is left is one
+        that the model was trained at.
+        A pass keeps its place in the full schedule at every level: the noise of pass i is that of step i, whatever was
+        left out before it, so what a chunk shows is a function of its level and not of how the level came about.
+        """
+        levels = [tuple(range(len(self.warped)))]
+        while len(levels[-1]) > 2:
+            left = levels[-1]
+            noise = [self.sigma(self.warped[i]) for i in left]
+            gone = min(range(1, len(left) - 1), key=lambda i: noise[i - 1] - noise[i + 1])
+            levels.append(left[:gone] + left[gone + 1 :])
+        return tuple(levels)
 
     def sigma(self, timestep: float) -> float:
         """Noise level of the nearest timestep."""

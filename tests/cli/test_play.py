@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from cfengine import Engine
 from cfengine.cli import app
 from cfengine.cli_play import Key, Player, scripted
 from cfengine.errors import ConfigError
+from cfengine.types import Frame
 
 pytestmark = pytest.mark.cpu
 
@@ -24,10 +27,24 @@ def test_a_window_shows_the_stream(tmp_path, monkeypatch) -> None:
     assert result.exit_code == 0, result.output
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.shape == (3 * 64, 3 * 96, 3)
-    with Engine.from_pretrained("tiny-world", threads=1) as engine:
-        frames = [frame.pixels for frame in engine.stream("pan right, meadow", seed=5, num_frames=33)]
-    shown = [np.array_equal(picture, frame.repeat(3, 0).repeat(3, 1)) for frame in frames]
+    with Engine.from_pretrained("tiny-world", threads=1) as engine, engine.session("pan right, meadow", seed=5) as one:
+        frames = [*one.next_chunk(), *one.next_chunk()]
+        here = one.snapshot()
+        for level in (0, 1):  # the third chunk has less effort where the first two were late
+            one.rewind(here)
+            one.effort = level
+            frames += one.next_chunk()
+    shown = [np.array_equal(picture, frame.pixels.repeat(3, 0).repeat(3, 1)) for frame in frames]
     assert any(shown[13:])
+
+
+def until_cut(player: Player, last: Frame | None) -> Frame:
+    """The first frame after a new beginning, another than the last one."""
+    end = time.monotonic() + 120
+    while (shown := player.look()) is None or not shown.frame.cut or shown.frame is last:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return shown.frame
 
 
 def test_keys_steer_type_keep_and_go_back() -> None:
@@ -46,8 +63,14 @@ def test_keys_steer_type_keep_and_go_back() -> None:
             assert player.prompt == "pan right, snow"
             player.press(Key("b"))
             assert player.prompt == "snow, hold"
-            player.press(Key("r"))
-            assert player.prompt == "pan right, meadow" == session.prompt
+            before = None
+            for name, seed in (("r", 0), ("n", 1)):
+                player.press(Key(name))
+                assert player.prompt == "pan right, meadow" and player.seed == seed
+                shown = until_cut(player, before)
+                assert session.prompt == "pan right, meadow"
+                assert before is None or not np.array_equal(shown.pixels, before.pixels)
+                before = shown
             for key in (Key("tab"), *(Key("x", letter) for letter in "zzz"), Key("return")):
                 player.press(key)
             assert "no word of the prompt" in player.said and not session.closed

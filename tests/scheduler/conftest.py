@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from cfengine import engine as engine_module
+from cfengine import lanes as lanes_module
+from cfengine.memory.budget import Budget
 from cfengine.memory.memory import Memory
 from cfengine.scheduler.device_lane import DeviceLane
 from cfengine.session import Session
@@ -63,6 +66,9 @@ class InlineRuntime:
     def join(self) -> None:
         self.log.append("join")
 
+    def aside(self, work):
+        return work()
+
     def event(self) -> InlineEvent:
         return InlineEvent(self)
 
@@ -70,11 +76,12 @@ class InlineRuntime:
         return torch.zeros(shape, dtype=dtype)
 
     def capture(self, work, stream: InlineStream):
-        self.captured.append(work.__name__)
+        name = f"{work.func.__name__} {work.args[0]}" if isinstance(work, partial) else work.__name__
+        self.captured.append(name)
 
         def replay():
-            self.log.append(work.__name__)
-            self.queued.append(work.__name__)
+            self.log.append(name)
+            self.queued.append(name)
             return work()
 
         return replay
@@ -84,12 +91,16 @@ class InlineRuntime:
 def lane_of():
     """make(engine, sessions=1) -> (DeviceLane on the CPU, its runtime)."""
 
-    def make(engine, sessions: int = 1, scheduler=None):
-        runtime = InlineRuntime()
-        memories = [Memory(engine.config, engine.ops, engine.dtype, engine.device) for _ in range(sessions)]
+    def make(engine, sessions: int = 1):
+        runtime, config = InlineRuntime(), engine.config
+        budget = Budget(config, engine.dtype, engine.device, sessions) if sessions > 1 else None
+        memories = [Memory(config, engine.ops, engine.dtype, engine.device, budget) for _ in range(sessions)]
         decoders = [engine.codec.decoder() for _ in range(sessions)]
-        scheduler = scheduler or engine._scheduler
-        return DeviceLane(scheduler, engine.config, memories, decoders, [0] * sessions, runtime), runtime
+        lane = DeviceLane(engine._scheduler, config, memories, decoders, runtime)
+        for _ in range(sessions):
+            lane.join()
+        lane.expect([0] * sessions)
+        return lane, runtime
 
     return make
 
@@ -107,11 +118,11 @@ def device_session(lane_of):
 @pytest.fixture
 def device_engine(toy_engine, monkeypatch):
     """make(...) -> an Engine on the CPU that opens the lanes of a GPU, with room for everything."""
-    monkeypatch.setattr(engine_module, "check_fits", lambda *args: None)
+    monkeypatch.setattr(lanes_module, "check_fits", lambda *args: None)
 
     def make(*args, **options):
-        engine = toy_engine(*args, **options)
-        engine._runtime = InlineRuntime()
-        return engine
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "open_runtime", lambda *args: InlineRuntime())
+            return toy_engine(*args, **options)
 
     return make

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cfengine import Engine
+from cfengine import Engine, Reset
 from cfengine.config import POLICIES, MemoryConfig, PrecisionConfig, with_policy
 from cfengine.session import Session
 from cfengine.snapshot import Snapshot
@@ -33,12 +33,14 @@ class Seen(NamedTuple):
     chunk: int
     happened: object
     events: tuple[int, ...]
+    passes: int
+    cut: bool
 
 
 def seen(frames) -> list[Seen]:
     return [
         Seen(f.pixels.tobytes(), f.index, f.time, f.last_event_id, f.applied_at_chunk, f.timings.chunk,
-             f.timings.memory, tuple(receipt.event_id for receipt in f.timings.events))
+             f.timings.memory, tuple(receipt.event_id for receipt in f.timings.events), f.timings.passes, f.cut)
         for f in frames
     ]  # fmt: skip
 
@@ -64,6 +66,12 @@ class Player:
     def prompt(self, text: str, switch: str) -> None:
         self.session.set_prompt(text, switch)
 
+    def reset(self, seed: int | None) -> None:
+        self.session.push(Reset(seed), wait=True)
+
+    def effort(self, level: int) -> None:
+        self.session.effort = level
+
     def prime(self, seed: int) -> None:
         self.session.prime(torch.randn(3, 16, 4, 6, generator=torch.Generator().manual_seed(seed)))
 
@@ -85,6 +93,8 @@ class Player:
         session.set_prompt("x", "recache")
         session.next_chunk()
         session.set_prompt("y z", "blend(2)")
+        session.push(Reset(9), wait=True)
+        session.effort = len(session.efforts) - 1
         session.next_chunk()
 
     def _branch(self) -> None:
@@ -122,6 +132,8 @@ def steps(policy: str):
         st.just(("chunk",)),
         st.tuples(st.just("prompt"), st.sampled_from(PROMPTS), st.sampled_from(switches)),
         st.tuples(st.just("prime"), st.integers(0, 3)),
+        st.tuples(st.just("reset"), st.sampled_from([None, 5])),
+        st.tuples(st.just("effort"), st.integers(0, 2)),
         st.tuples(st.just("detour"), st.sampled_from(DETOURS)),
     )
 
@@ -152,14 +164,14 @@ def test_detours_are_not_seen(toy_engine, tmp_path, policy):
 
 @pytest.mark.parametrize("policy", ["slow_fast", "sink_window"])
 def test_detours_are_not_seen_on_the_lane_of_a_gpu(device_engine, tmp_path, policy):
-    check_schedules(device_engine(memory=with_policy(SMALL, policy)), policy, tmp_path, examples=8)
+    check_schedules(device_engine(memory=with_policy(SMALL, policy), efforts=True), policy, tmp_path, examples=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lane", ["toy_engine", "device_engine"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_many_detours_are_not_seen(request, tmp_path, policy, lane):
-    engine = request.getfixturevalue(lane)(memory=with_policy(SMALL, policy))
+    engine = request.getfixturevalue(lane)(memory=with_policy(SMALL, policy), efforts=True)
     check_schedules(engine, policy, tmp_path, examples=40)
 
 
@@ -185,7 +197,7 @@ def test_pasts_of_decoders_are_part_of_it(toy_engine, tmp_path, codec):
 
     torch.manual_seed(0)
     engine = toy_engine()
-    engine.codec = TAEHVCodec(TAEHV()) if codec == "taehv" else TinyWorldCodec()
+    engine._lanes.codec = TAEHVCodec(TAEHV()) if codec == "taehv" else TinyWorldCodec()
     plain = [("chunk",)] * 3
     detours = [("chunk",), ("detour", "file"), ("chunk",), ("detour", "branch"), ("detour", "other"), ("chunk",)]
     assert Player(engine, tmp_path).play(plain) == Player(engine, tmp_path).play(detours)

@@ -13,10 +13,9 @@ from cfengine.codec.tiny_world import TinyWorldCodec
 from cfengine.config import POLICIES, MemoryConfig, with_policy
 from cfengine.errors import ConfigError
 from cfengine.memory.memory import Memory
-from cfengine.scheduler import device_lane
-from cfengine.scheduler.batch import per_session
-from cfengine.scheduler.device_lane import NoiseAhead
+from cfengine.scheduler import noise as noise_module
 from cfengine.scheduler.lane import Step
+from cfengine.scheduler.noise import NoiseAhead
 from cfengine.scheduler.program import ChunkProgram, DecodeProgram, PromptBuffers
 from cfengine.scheduler.sampler import chunk_noise
 from cfengine.session import Session
@@ -166,7 +165,7 @@ def test_noise_that_was_interrupted_is_drawn_again(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(device_lane, "counter_noise", interrupted)
+        patch.setattr(noise_module, "counter_noise", interrupted)
         noise.draw([(7, 3)])
     assert torch.equal(noise.take([(7, 0)])[1], chunk_noise(7, 0, 3, 1, (4, 3, 3)))
 
@@ -197,8 +196,8 @@ def test_the_host_reads_nothing_on_the_way(toy_engine, lane_of, no_reads, policy
     """All that surrounds the kernels of a chunk, decoders included: no value leaves the device but the frames."""
     engine = toy_engine(memory=with_policy(MemoryConfig(), policy))
     engine.ops = opaque(engine)
-    ops = engine.ops if sessions == 1 else dataclasses.replace(engine.ops, cross_attention=per_session(engine.ops))
-    lane, _ = lane_of(engine, sessions, engine._make_scheduler(ops))
+    engine._scheduler = engine._make_scheduler(engine.ops)
+    lane, _ = lane_of(engine, sessions)
     prompts = [engine.encode_prompt(prompt) for prompt in ("a b", "c")]
     with no_reads, torch.inference_mode():
         for number in range(3):

@@ -17,7 +17,8 @@ from cfengine.config import (
     VideoConfig,
     with_policy,
 )
-from cfengine.events import Prompt
+from cfengine.errors import FaultError
+from cfengine.events import Prompt, Reset
 from cfengine.scheduler import graphs
 from cfengine.snapshot import Snapshot
 
@@ -70,6 +71,37 @@ def test_replay_equals_launching_anew(gpu_engine, policy):
             torch.testing.assert_close(one.latents, two.latents, **EXACT)
             assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
             assert ours[0].timings.memory == theirs[0].timings.memory
+
+
+def test_levels_of_effort_and_new_beginnings(gpu_engine):
+    """Each level replays as it launches anew, and what follows a `Reset` is a new stream."""
+    captured, eager = gpu_engine(efforts=True), gpu_engine(efforts=True, graphs=False)
+    with captured.session("a b", seed=5) as one, eager.session("a b", seed=5) as two:
+        levels = (0, 2, 1, 0, 2)
+        latents = []
+        for number, level in enumerate(levels * 2):
+            one.effort = two.effort = level
+            if number == len(levels):
+                for session in (one, two):
+                    session.push(Reset(), wait=True)
+            ours, theirs = one.next_chunk(), two.next_chunk()
+            torch.testing.assert_close(one.latents, two.latents, **EXACT)
+            assert ours[0].timings.passes == theirs[0].timings.passes == 4 - level
+            latents.append(one.latents.cpu())
+    for first, again in zip(latents[: len(levels)], latents[len(levels) :], strict=True):
+        torch.testing.assert_close(first, again, **EXACT)
+
+
+def test_latents_that_are_not_finite_are_found(gpu_engine):
+    engine = gpu_engine()
+    with engine.session("b", seed=2) as other:
+        session = engine.session("a", seed=1)
+        session.next_chunk()
+        torch.cuda.synchronize()
+        session.memory.pool.v.fill_(float("nan"))
+        with pytest.raises(FaultError, match="not all finite"):
+            session.next_chunk()
+        assert session.closed and len(other.next_chunk()) == 9
 
 
 def test_scenes_and_cuts(gpu_engine):
@@ -240,6 +272,62 @@ def test_a_batch_is_close_to_single_sessions(gpu_engine):
             # bfloat16 products over more rows may run through another kernel
             error = (batch.sessions[1].latents - alone.latents).abs().max() / alone.latents.abs().max()
             assert error < 0.1
+
+
+@pytest.mark.parametrize("pages", ["bf16", "fp8"])
+@pytest.mark.parametrize("policy", ["slow_fast", "slow_fast_diverse", "sink_window"])
+def test_branches_that_share_pages(gpu_engine, policy, pages):
+    """In graphs that say who may write a page: bit for bit what branches with pages of their own show."""
+    config = dataclasses.replace(SMALL, precision=PrecisionConfig(pages=pages))
+    memory = with_policy(MemoryConfig(slow=3), policy)
+    shown = []
+    for most in (None, 3):
+        engine = gpu_engine(config=config, memory=memory, max_sessions=most)
+        with engine.session("a b", seed=5) as session:
+            for _ in range(5):
+                session.next_chunk()
+            with session.branch() as one, one.branch() as two:
+                one.set_prompt("c d", "recache")
+                chunks = [each.next_chunk() for _ in range(5) for each in (two, one, session)]
+                shown.append([frame.pixels for chunk in chunks for frame in chunk])
+    assert all(np.array_equal(*pair) for pair in zip(*shown, strict=True))
+    assert engine.pages.in_use == 0
+
+
+def test_a_captured_batch_is_joined_and_left(gpu_engine):
+    """Places change hands; the same calls launched anew show the same."""
+    shown = []
+    for graphs_on in (True, False):
+        engine = gpu_engine(memory=MemoryConfig(slow=3), max_sessions=3, graphs=graphs_on)
+        latents = []
+        with engine.batch(["a b", "c"], seeds=[4, 5]) as batch:
+            for number in range(8):
+                if number == 2:
+                    batch.join("d e f", seed=6)
+                if number == 5:
+                    batch.sessions[0].close()
+                batch.next_chunk()
+                latents += [session.latents for session in batch.sessions]
+        shown.append(latents)
+    for one, two in zip(*shown, strict=True):
+        torch.testing.assert_close(one, two, **EXACT)
+
+
+def test_a_ready_engine_allocates_nothing(gpu_engine, no_waiting):
+    engine = gpu_engine(memory=MemoryConfig(slow=3), max_sessions=3)
+    engine.batch().close()  # its graphs too
+    sizes = set()
+    for number in range(8):
+        with engine.session("a", seed=number) as one, one.branch() as two:
+            no_waiting(True)
+            one.next_chunk()
+            two.next_chunk()
+            no_waiting(False)
+        with engine.batch(["a", "b", "c"]) as batch:
+            batch.next_chunk()
+        torch.cuda.synchronize()
+        sizes |= {(torch.cuda.memory_allocated(), torch.cuda.memory_reserved())} if number > 1 else set()
+    assert len(sizes) == 1
 
 
 @pytest.mark.parametrize("codec", ["taehv", "wan_vae"])

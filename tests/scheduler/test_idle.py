@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cfengine import engine as engine_module
+from cfengine import lanes as lanes_module
 from cfengine.config import POLICIES, MemoryConfig, with_policy
 from cfengine.errors import DeviceError, PromptError
 
@@ -25,6 +25,11 @@ def seen(session, chunks: int = 4) -> list:
         shown.append((frames[0].index, frames[0].timings.memory, pixels.tobytes(), session.latents.numpy().tobytes()))
         assert (frames[0].timings.clean > 0) == (frames[0].timings.chunk > 0)
     return shown
+
+
+def idle(engine) -> list:
+    """Lanes that are kept."""
+    return [lane for held in engine._lanes.idle._lanes.values() for lane in held]
 
 
 def closed_in_the_middle(engine) -> None:
@@ -99,11 +104,12 @@ def test_batches_use_the_lanes_of_batches(device_engine):
         with engine.batch(["a b", "c"], seeds=[4, 5]) as batch:
             chunks = [batch.next_chunk() for _ in range(3)]
             shown.append(b"".join(frame.pixels.tobytes() for chunk in chunks for part in chunk for frame in part))
-    one_batch = ["denoise", "clean", *["first", "later"] * 2]
+    one_batch = [*["denoise", "clean"] * 2, *["first", "later"] * 2]  # passes of two sessions, and of one
     assert shown[0] == shown[1] and engine._runtime.captured == one_batch
     with engine.session("a"):
         assert engine._runtime.captured == one_batch + ONE_LANE
-    assert set(engine._idle._lanes) == {1, 2} and not engine._sessions
+    kinds = {kind for kind, held in engine._lanes.idle._lanes.items() if held}
+    assert kinds == {(engine.config.memory, 1), (engine.config.memory, 2)} and not engine._sessions
 
 
 def test_sessions_at_once_have_lanes_of_their_own_and_one_is_kept(device_engine):
@@ -113,7 +119,7 @@ def test_sessions_at_once_have_lanes_of_their_own_and_one_is_kept(device_engine)
     assert lanes[0] is not lanes[1]
     one.close()
     two.close()
-    assert list(engine._idle._lanes.values()) == [lanes[0]] and not lanes[1].memories
+    assert idle(engine) == [lanes[0]] and not lanes[1].memories
     with engine.session("a") as again, engine.session("a") as another:
         assert again._lane is lanes[0] and another._lane not in lanes
 
@@ -138,7 +144,7 @@ def test_a_lane_that_failed_is_not_kept(device_engine, monkeypatch):
     monkeypatch.setattr(lane, "_launch", lost)
     with pytest.raises(DeviceError, match="unspecified launch failure"):
         session.next_chunk()
-    assert session.closed and not lane.memories and not engine._idle._lanes
+    assert session.closed and not lane.memories and not idle(engine)
 
 
 def test_a_gpu_lost_between_chunks_is_found_by_the_next_session(device_engine, monkeypatch):
@@ -151,7 +157,7 @@ def test_a_gpu_lost_between_chunks_is_found_by_the_next_session(device_engine, m
 
     monkeypatch.setattr(engine._runtime.compute, "synchronize", lost)
     session.close()
-    assert not engine._idle._lanes
+    assert not idle(engine)
     with pytest.raises(DeviceError, match="unspecified launch failure"):
         engine.session("a")
     assert not engine._sessions
@@ -161,23 +167,23 @@ def test_idle_lanes_make_room(device_engine, monkeypatch):
     """A new size of batch is told that memory is short, until what lies idle is let go."""
     engine = device_engine()
     engine.session("a").close()
-    (idle,) = engine._idle._lanes.values()
+    (left,) = idle(engine)
 
     def full(what, *args):
-        if idle.memories:
+        if left.memories:
             raise DeviceError(f"{what} needs 4 GiB")
 
-    monkeypatch.setattr(engine_module, "check_fits", full)
+    monkeypatch.setattr(lanes_module, "check_fits", full)
     with engine.batch(["a", "b"]):
-        assert not idle.memories and not engine._idle._lanes
+        assert not left.memories and not idle(engine)
 
     def too_full(what, *args):
         raise DeviceError(f"{what} needs 4 GiB")
 
-    monkeypatch.setattr(engine_module, "check_fits", too_full)
+    monkeypatch.setattr(lanes_module, "check_fits", too_full)
     with pytest.raises(DeviceError, match="memory of 3 new session.s. needs 4 GiB"):
         engine.batch(["a", "b", "c"])
-    assert not engine._idle._lanes and not engine._sessions
+    assert not idle(engine) and not engine._sessions
 
 
 def test_noise_of_a_session_on_a_lane_that_was_used_is_drawn_while_it_opens(device_engine):
@@ -193,4 +199,4 @@ def test_closing_an_engine_lets_all_go(device_engine):
     lanes = [session._lane, other._lane]
     session.close()
     engine.close()
-    assert other.closed and not any(lane.memories for lane in lanes) and not engine._idle._lanes
+    assert other.closed and not any(lane.memories for lane in lanes) and not idle(engine)

@@ -13,7 +13,7 @@ from cfengine import snapshot as snapshot_module
 from cfengine.config import MemoryConfig, with_policy
 from cfengine.errors import CFEngineError, OutputError, PromptError, SnapshotError
 from cfengine.events import Prompt
-from cfengine.snapshot import SharedPages, Snapshot
+from cfengine.snapshot import SharedPages, Snapshot, fingerprint
 
 pytestmark = pytest.mark.cpu
 
@@ -235,9 +235,10 @@ def test_a_hostile_file_is_refused_and_nothing_changed(toy_engine, tmp_path):
         refused("latents", {"latents": torch.zeros(3)})
         refused("memory.other", {"memory.other": torch.zeros(3)})
         refused("decoder.first", {"decoder.first": torch.zeros(3)})
-        for name in ("seed", "start", "index", "chunks"):
+        for name in ("seed", "start", "index", "chunks", "effort"):
             for value in (-1, "1", None, 0.5, True):
                 refused("counters", about={name: value})
+        refused("effort 3 and this session has 3 level", about={"effort": 3})
         for far in (2**40, 2**63):
             refused("memory.seen", about={"start": far})
         refused("director", about={"director": []})
@@ -247,7 +248,8 @@ def test_a_hostile_file_is_refused_and_nothing_changed(toy_engine, tmp_path):
             {"script": [{"text": "a"}, 0, [[1, 2]]]},
             {"script": [{"text": "a"}, 0, [["b", float("nan")]]]},
             {"waiting": [1]}, {"next": None}, {"events": "9"},
-            {"applied": 3}, {"applied_at_chunk": "x"}, {"flush": 1},
+            {"applied": 3}, {"applied_at_chunk": "x"}, {"flush": 1}, {"reset": [1, None]}, {"reset": [True, -1]},
+            {"reset": True}, {"waiting": [[1, {"seed": "x"}, False]]}, {"waiting": [[1, {"text": " "}, False]]},
         ):  # fmt: skip
             refused("makes no sense", about={"director": director | change})
         refused("makes no sense", about={"director": {}})
@@ -318,3 +320,16 @@ def test_no_room_for_a_copy_leaves_the_session_open(toy_engine, monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 session.snapshot()
         assert seen(session.next_chunk()) == seen(plain.next_chunk())
+
+
+def test_a_fine_tune_is_another_model(toy_engine):
+    """A change of any one weight is seen, by a few numbers of it."""
+    engine = toy_engine()
+    model, before = engine.model, engine._fingerprint
+    for name, weight in list(model.named_parameters())[:: len(list(model.parameters())) // 5]:
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.mul_(1.001).add_(1e-4)
+            assert fingerprint(model.named_parameters()) != before, name
+            weight.copy_(kept)
+    assert fingerprint(model.named_parameters()) == before
