@@ -32,7 +32,7 @@ from cfengine.scheduler.rollout import Rollout
 from cfengine.training import measure, trials, world
 from cfengine.training.data import camera_script
 
-MODEL = "tiny-world-recall"
+MODEL = "tiny-world"
 QUICK, TIMES = (3.0, 8.0, 20.0), (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 32.0, 45.0, 60.0)
 NEAR = 20.0  # pixels: half of the least distance between two landmarks
 TURN_AWAY = 11.0  # seconds, about, for which a full turn shows nothing of a landmark
