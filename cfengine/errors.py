@@ -47,7 +47,10 @@ class CapacityError(CFEngineError):
 
 
 class FaultError(CFEngineError):
-    """Work on a chunk that failed in one session, which is closed; others go on.  part: "decode" or "latents"."""
+    """Work on a chunk that failed in one session, which is closed; others go on.
+
+    part: "decode", "latents" or "recache"
+    """
 
     def __init__(self, message: str, part: str) -> None:
         super().__init__(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import MutableMapping
@@ -73,10 +74,9 @@ class Lanes:
 
     def _making(self, what: str, sessions: int) -> AbstractContextManager:
         """Where the parts of `sessions` new sessions are allocated.  Raises DeviceError where they do not fit."""
-        if self._runtime is None:
-            return nullcontext()
         size = self._dtype.itemsize
-        check_fits(what, sessions * page_bytes(self._config, size), self._config, self._device, size)
+        if self._runtime is not None:
+            check_fits(what, sessions * page_bytes(self._config, size), self._config, self._device, size)
         return device_errors(self._config, self._device, size)
 
     def _queue(self) -> AbstractContextManager:
@@ -96,7 +96,11 @@ class Lanes:
                 self.join(lane, config)
                 return lane
             lane = self._device_lane_for(config, 1)
-            lane.join()
+            try:
+                lane.join()
+            except BaseException:
+                self.idle.keep(lane)
+                raise
         lane.expect([seed])
         return lane
 
@@ -110,7 +114,7 @@ class Lanes:
     def join(self, lane: Lane, config: EngineConfig) -> int:
         """Room for a session in a lane; its place.  Raises CapacityError, and ConfigError where its rule cannot be."""
         if isinstance(lane, HostLane):
-            with self._lock:
+            with self._lock, self._making("a session", 1):
                 self._check_room()
                 seat = self._free_seat(config)
                 return lane.join(seat.memory, seat.kept, self.codec.decoder())
@@ -129,9 +133,14 @@ class Lanes:
         try:
             self._budget.check()
         except CapacityError:
-            for lane in [lane for lane, user in self._lent.items() if user() is None]:  # dropped without being closed
-                self.keep(lane)
+            gc.collect()  # a batch and its sessions hold one another
+            self._take_back()
             self._budget.check()
+
+    def _take_back(self) -> None:
+        """Have back the lanes of who was dropped without being closed."""
+        for lane in [lane for lane, user in self._lent.items() if user() is None]:
+            self.keep(lane)
 
     def _free_seat(self, config: EngineConfig) -> Seat:
         free = (seat for seat in self._seats if not seat.memory.taken)
@@ -145,6 +154,10 @@ class Lanes:
     def _device_lane_for(self, config: EngineConfig, room: int) -> DeviceLane:
         """One that was left, or a new one, which idle ones make room for unless they are the budget's."""
         lane = self.idle.take((config.memory, room))
+        if lane is None and self._budget is not None:  # one that nobody closed saves a capture
+            gc.collect()
+            self._take_back()
+            lane = self.idle.take((config.memory, room))
         if lane is not None:
             return lane
         try:
@@ -170,6 +183,7 @@ class Lanes:
     def lend(self, lane: Lane, user: object) -> None:
         """Remember who uses a lane."""
         with self._lock:
+            self._take_back()
             self._lent[lane] = weakref.ref(user)
 
     def users(self) -> list:
@@ -188,5 +202,9 @@ class Lanes:
 
     def drop(self) -> None:
         """Let go of all that is kept, pages and weights included; nothing can be opened afterwards."""
+        with self._lock:
+            lent, self._lent = list(self._lent), {}
+        for lane in lent:  # of who was dropped without being closed
+            lane.close()
         self.idle.drop()
         self._seats, self._budget, self._scheduler, self.codec, self._runtime = [], None, None, None, None

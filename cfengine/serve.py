@@ -199,6 +199,8 @@ class Publisher:
             known = (self._show(self._first) and self._push(Reset)) or known
         else:
             self._refuse(f"event {event.id} of the ring is {event}; this model takes prompts and action {TURN}")
+        if len(self._told) > 1 and self._told[-1][1] == self._told[-2][1] == known:
+            self._told.pop()  # shown by the same frame, the later number says it; a pause may last for ever
         self._told.append((event.id, known))
 
     def _show(self, text: str) -> int:

@@ -275,15 +275,16 @@ class Session:
         ]
 
     def _raise(self, error: Exception) -> NoReturn:
-        """Raise what went wrong with this session's chunk as an error of ours."""
+        """Raise what went wrong with this session's chunk as an error of ours; of a `recache` it is one already."""
+        fault = error if isinstance(error, FaultError) else None
         pages = self.memory.pool.k
         try:
             with device_errors(self.config, pages.device, pages.element_size()):
-                raise error
+                raise error if fault is None else fault.__cause__ or fault
         except CFEngineError:
             raise
         except Exception as error:
-            raise FaultError(
+            raise fault or FaultError(
                 f"decoding chunk {self._chunks} failed ({type(error).__name__}: {error}); the session is closed, the "
                 "frames before stay good: resume a snapshot, or open another session",
                 "decode",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 
 import pytest
 import torch
 
 from cfengine.errors import CFEngineError, ConfigError, PromptError
-from cfengine.events import Prompt
+from cfengine.events import Prompt, Reset
 from cfengine.model.text_tiny import TinyTextEncoder
 from cfengine.scheduler import director as director_module
 from cfengine.scheduler import prompts as prompts_module
@@ -109,6 +110,39 @@ def test_an_event_that_must_count_at_once_takes_those_before_it_along(toy_engine
         threading.Timer(0.2, gate.open.set).start()
         session.set_prompt("b")
         assert told(session.next_chunk()) == (2, 0) and sorted(gate.encoded) == ["b", "slow"]
+
+
+def test_a_push_looks_through_what_waits_while_an_edge_takes_it(toy_engine):
+    """The edge comes in the middle of the look, and must wait for it."""
+    looking, over = threading.Event(), threading.Event()
+
+    class Slow(deque):
+        def __reversed__(self):
+            for waiting in super().__reversed__():
+                looking.set()
+                over.wait(0.2)  # an edge that does not wait is through by then
+                yield waiting
+
+    raised = []
+
+    def push() -> None:
+        try:
+            session.push(Reset())
+        except RuntimeError as error:
+            raised.append(error)
+
+    with toy_engine().session("a") as session:
+        session.push(Reset())
+        session.push(Reset())
+        session._director._waiting = Slow(session._director._waiting)
+        thread = threading.Thread(target=push)
+        thread.start()
+        assert looking.wait(30)
+        session.next_chunk()
+        over.set()
+        thread.join()
+        session.next_chunk()
+        assert raised == [] and session._director.last_event_id == 3
 
 
 def test_another_thread_may_push(toy_engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
 import uuid
@@ -112,6 +113,30 @@ def test_a_short_pause_keeps_times_in_order_and_the_end_is_seen(engine) -> None:
         publisher = Publisher(session, ring)
         publisher.run(num_frames=9)
         assert now_ns() >= seen[-1] + 62_000_000
+
+
+def test_a_pause_of_any_length_keeps_a_bounded_record(engine) -> None:
+    """What a session refuses meanwhile is not kept one by one, and the first frame afterwards knows the newest."""
+    known = []
+
+    class Loud(Ring):
+        def publish(self, pixels, **about):
+            known.append(about["last_event_id"])
+            return super().publish(pixels, **about)
+
+    with engine.session("hold, desert") as session, Loud(f"test-{uuid.uuid4().hex[:8]}", 96, 64) as ring:
+        publisher, numbers = Publisher(session, ring), itertools.count(1)
+        publisher._next = now_ns() * 1e-9
+        for _ in range(1500):
+            publisher._hear(ActionEvent(9, 1.0, id=next(numbers)))  # means nothing
+        for _ in range(3):
+            publisher._hear(PromptEvent("hold, snow", id=next(numbers)))
+        for _ in range(1500):
+            publisher._hear(PauseEvent(id=next(numbers)))
+        assert len(publisher._told) <= 2 * 4
+        while session._director.last_event_id < 3:
+            publisher._chunk(None)
+        assert known[-1] == next(numbers) - 1 and not publisher._told
 
 
 def test_chunks_that_come_too_late_are_made_with_less_effort(toy_engine, monkeypatch) -> None:

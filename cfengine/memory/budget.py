@@ -105,12 +105,12 @@ class Lease:
         """Take pages for a new session.  Raises CapacityError where there are none, with nothing changed."""
         with self.budget.lock:
             self.budget.check()
-            self.budget.open += 1
-            self.held = True
             layers, each = self.budget.shares.shape[0], self.budget.each
             wanted = torch.arange(1, each + 1, device=self.pages.device).expand(layers, each).contiguous()
             self.pages[:, 1:] = self.budget.found(wanted)
             self._count(1)
+            self.budget.open += 1
+            self.held = True
 
     @torch.inference_mode()
     def close(self) -> None:

@@ -38,8 +38,9 @@ class KeptLatents:
         return self.latents[self.starts.index(start)]
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything; a snapshot has all places, so none may still show what another session saw."""
         self.starts = [-1] * len(self.starts)
+        self.latents.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it holds, by name."""

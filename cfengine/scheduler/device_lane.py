@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
-from cfengine.errors import CapacityError
+from cfengine.errors import CapacityError, FaultError
 from cfengine.memory.kept import KeptLatents
 from cfengine.memory.memory import Memory, Shown
 from cfengine.ranges import span
 from cfengine.scheduler.chunk import ChunkScheduler
-from cfengine.scheduler.lane import Chunk, Step, named, not_finite, part_of, shared_effort, shown_in
+from cfengine.scheduler.lane import Chunk, Step, named, not_finite, part_of, recached, shared_effort, shown_in
 from cfengine.scheduler.noise import NoiseAhead
 from cfengine.scheduler.program import ChunkProgram, DecodeProgram
 
@@ -118,6 +118,7 @@ class DeviceLane:
         self._begun: list[bool] = []  # decoders that have a past
         self._chunks = 0  # launched since, given ones included
         self._cleaned: Marks | None = None  # of the chunk before, if it was generated
+        self._failed: dict[int, FaultError | None] = {}  # by place, of the chunk launched: a `recache`
 
     @torch.inference_mode()
     def join(self) -> int:
@@ -135,9 +136,9 @@ class DeviceLane:
         with self._runtime.on(self._runtime.compute):
             memory.open()
             memory.reset()
+            self._kept[place].reset()
             self._shown.append(memory.show())
         self._program.prompts[place].forget()
-        self._kept[place].reset()
         self._begun.append(False)
         return place
 
@@ -193,13 +194,14 @@ class DeviceLane:
             for place, drawn in zip(program.noise, noise, strict=True):  # each in one piece, so that nobody waits
                 place.copy_(drawn, non_blocking=True)
             marks.opened.record()
+            self._failed = {}
             for place, step in enumerate(steps):
                 if step.reset:
                     self._restart(place)
                 if step.opens:
                     self.memories[place].flush()
-                if step.recache:
-                    self._recache(place)
+                if step.recache:  # one that fails goes on through the passes, for the others
+                    self._failed[place] = self._recache(place)
             marks.began.record()
             with span("denoise"):
                 with self._order:
@@ -223,9 +225,10 @@ class DeviceLane:
         self._kept[place].reset()
         self._shown[place], self._begun[place] = self.memories[place].show(), False
 
-    def _recache(self, place: int) -> None:
+    def _recache(self, place: int) -> FaultError | None:
         """Compute a session's pages again, not from a graph: how many passes it takes differs. Waits for its tables."""
-        self._scheduler.recache(self.memories[place], self._program.prompts[place].layers, self._kept[place])
+        cross = self._program.prompts[place].layers
+        return recached(self._scheduler, self.memories[place], cross, self._kept[place])
 
     def _keep(self, steps: list[Step]) -> None:
         """Keep the latents of a chunk on the way; what the memory showed of the chunk before, the host knows."""
@@ -281,7 +284,9 @@ class DeviceLane:
         passes = len(self._scheduler.schedule.efforts[effort])
         for place, (part, event) in enumerate(zip(latents.split(self._frames), events, strict=True)):
             count = host.counts[place]
-            if not host.finite[place]:
+            if (failed := self._failed.get(place)) is not None:
+                made.append(failed)
+            elif not host.finite[place]:
                 made.append(not_finite(part))
             elif isinstance(count, Exception):
                 made.append(count)
@@ -341,8 +346,9 @@ class DeviceLane:
         """See `Lane.close`; what is still queued is waited for, since it reads what is let go."""
         with suppress(RuntimeError):  # a lost GPU has nothing left to wait for
             self._wait()
-            for memory in self.memories:
-                memory.close()
+            with self._runtime.on(self._runtime.compute):  # before whoever opens a session next looks for free pages
+                for memory in self.memories:
+                    memory.close()
         self.memories, self._decode, self._draw, self._kept, self._program = [], [], [], [], None
         self._parts, self._passes, self._reduced, self._scheduler = {}, {}, {}, None
 

@@ -130,7 +130,7 @@ class Director:
             script = head.script(self._script, self.next)
             mixes = script.mixes(self.next)
             if head.timeline is None:
-                self._waiting.popleft()
+                self._shift()
                 self._apply(head, script, {mix: self._keys[mix] for mix in mixes})
                 continue
             if place >= ready and not head.ask(self._prompts, mixes):
@@ -139,10 +139,15 @@ class Director:
             try:
                 keys = head.made(self._prompts, mixes)
             except Exception as error:
-                self._waiting.popleft()
+                self._shift()
                 raise _dropped(head, error) from error
-            self._waiting.popleft()
+            self._shift()
             self._apply(head, script, keys)
+
+    def _shift(self) -> None:
+        """Let the oldest event go; a `push` in another thread may be looking through those that wait."""
+        with self._lock:
+            self._waiting.popleft()
 
     def _apply(self, waiting: Waiting, script: Script, keys: dict[Mix, Keys]) -> None:
         self._script, self._keys = script, keys

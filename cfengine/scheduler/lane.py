@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfengine.codec import StreamDecoder
 from cfengine.config import EngineConfig
-from cfengine.errors import FaultError
+from cfengine.errors import CFEngineError, FaultError
 from cfengine.memory.kept import KeptLatents
 from cfengine.memory.memory import Memory, Shown
 from cfengine.model.dit import CrossCache
@@ -59,7 +59,7 @@ class Lane(Protocol):
         """Generate the next chunk of every session.
 
         Sessions share their passes, which are those of the one that asks for the most. An exception is what went wrong
-        in one session alone, whose decoder failed or whose latents are not finite; the others go on.
+        in one session alone, whose decoder or `recache` failed or whose latents are not finite; the others go on.
         """
         ...
 
@@ -118,6 +118,23 @@ def not_finite(latents: Tensor) -> FaultError:
     )
 
 
+def recached(
+    scheduler: ChunkScheduler, memory: Memory, cross: list[CrossCache], kept: KeptLatents
+) -> FaultError | None:
+    """Compute a session's pages again; returns what went wrong, with its cause, which is that session's alone."""
+    try:
+        scheduler.recache(memory, cross, kept)
+    except Exception as error:
+        fault = FaultError(
+            f"computing the pages again under a new prompt failed ({type(error).__name__}: {error}); the session is "
+            "closed, the frames before stay good: resume a snapshot, or open another session",
+            "recache",
+        )
+        fault.__cause__ = error
+        return fault
+    return None
+
+
 class HostLane:
     """Pass by pass, as the host asks for it: on a CPU nothing overlaps, so the clean pass waits until it is needed."""
 
@@ -129,6 +146,7 @@ class HostLane:
         self._shape = config.model.in_channels, config.video.latent_height, config.video.latent_width
         self._kept: list[KeptLatents] = []
         self._owed: list[tuple[Step, Tensor]] = []  # of the chunk whose clean pass is due: latents of every session
+        self._cut_short: BaseException | None = None  # what that pass raised, half of whose pages are written
         self._paid = 0.0  # seconds of a clean pass that ran since, before it was due
         self._shown: list[Shown] = []
 
@@ -136,9 +154,14 @@ class HostLane:
         """Take in another session, all its parts new; returns its place, the last.  Raises CapacityError."""
         self._paid += self._pay()  # which the others owe
         memory.open()
-        memory.reset()
-        kept.reset()
-        for parts, part in zip(self._parts(), (memory, kept, decoder, memory.show()), strict=True):
+        try:
+            memory.reset()
+            kept.reset()
+            shown = memory.show()
+        except BaseException:
+            memory.close()
+            raise
+        for parts, part in zip(self._parts(), (memory, kept, decoder, shown), strict=True):
             parts.append(part)
         return len(self.memories) - 1
 
@@ -159,13 +182,14 @@ class HostLane:
         with span("clean"):
             clean, self._paid = self._paid + self._pay(), 0.0
         paid = time.perf_counter()
+        failed: dict[int, FaultError | None] = {}
         for place, (memory, step) in enumerate(zip(self.memories, steps, strict=True)):
             if step.reset:
                 self._reset(place)
             if step.opens:
                 memory.flush()
-            if step.recache:
-                self._scheduler.recache(memory, step.cross, self._kept[place])
+            if step.recache:  # one that fails goes on through the passes, for the others
+                failed[place] = recached(self._scheduler, memory, step.cross, self._kept[place])
         began = time.perf_counter()
         memory, start, cut, cross = self._joined(steps)
         effort = shared_effort(steps)
@@ -176,10 +200,11 @@ class HostLane:
         with span("decode"):
             pixels = [_decoded(*pair) for pair in zip(self._decoders, parts, strict=True)]
         decoded = time.perf_counter()
-        self._owed = list(zip(steps, parts, strict=True))
+        self._owed, self._cut_short = list(zip(steps, parts, strict=True)), None
         self._keep(steps, parts)
         seconds = denoised - began, decoded - denoised, clean
         recache = began - paid if any(step.recache for step in steps) else 0.0
+        pixels = [failed.get(place) or made for place, made in enumerate(pixels)]
         made = zip(pixels, parts, self._events(), strict=True)
         passes = effort, len(self._scheduler.schedule.efforts[effort])
         return [
@@ -220,13 +245,25 @@ class HostLane:
         return [old.events_until(new) for old, new in zip(before, self._shown, strict=True)]
 
     def _pay(self) -> float:
-        """Run the clean pass that the last chunk still owes; returns the seconds that it took."""
+        """Run the clean pass that the last chunk still owes; returns the seconds that it took.
+
+        One that was cut short is not run again: memories have changed, and whoever shares it cannot go on.
+        """
         if not self._owed:
             return 0.0
+        if self._cut_short is not None:
+            raise CFEngineError(
+                f"the clean pass that these sessions share was cut short ({self._cut_short!r}), so none of them can go "
+                "on; open others, or resume snapshots taken before"
+            ) from self._cut_short
         began = time.perf_counter()
         steps, parts = zip(*self._owed, strict=True)
         memory, start, cut, cross = self._joined(steps)
-        self._scheduler.clean_pass(memory, cross, start, torch.cat(parts), cut=cut)
+        try:
+            self._scheduler.clean_pass(memory, cross, start, torch.cat(parts), cut=cut)
+        except BaseException as error:
+            self._cut_short = error
+            raise
         self._owed = []
         return time.perf_counter() - began
 

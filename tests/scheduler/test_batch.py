@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfengine.config import MemoryConfig, with_policy
-from cfengine.errors import CapacityError, CFEngineError, ConfigError, FaultError, PromptError
+from cfengine.errors import CapacityError, CFEngineError, ConfigError, DeviceError, FaultError, PromptError
 from cfengine.events import Prompt
 
 pytestmark = pytest.mark.cpu
@@ -303,6 +303,59 @@ def test_passes_that_fail_end_all(request, monkeypatch, lane):
         batch.next_chunk()
     assert batch.closed and all(session.closed for session in sessions) and batch.faults() == []
     assert engine.pages.reserved == engine.pages.total // 3 and len(other.next_chunk()) == 9
+
+
+@pytest.mark.parametrize("what", ["join", "snapshot", "rewind"])
+def test_a_shared_clean_pass_that_is_cut_short_ends_all(toy_engine, monkeypatch, what):
+    """Whoever makes it run: half of the memory of all is written, and nobody shows frames of that."""
+    engine = toy_engine(memory=SMALL, max_sessions=3)
+    batch = engine.batch(["a", "b"])
+    one, two = batch.sessions
+    batch.next_chunk()
+    snapshot = one.snapshot()
+    batch.next_chunk()
+    attend, calls = type(two.memory).attend, []
+
+    def broken(self, *args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise Broken("no pass")
+        return attend(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        patch.setattr(type(two.memory), "attend", broken)
+        {"join": lambda: batch.join("c"), "snapshot": one.snapshot, "rewind": lambda: one.rewind(snapshot)}[what]()
+    with pytest.raises(CFEngineError, match="cut short .*no pass.* none of them can go on"):
+        batch.next_chunk()
+    assert batch.closed and two.closed and engine.pages.reserved == 0
+    with engine.resume(snapshot) as again:
+        assert len(again.next_chunk()) == 12
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("error", [Broken("no pages"), RuntimeError("CUDA error: out of memory")])
+def test_a_recache_that_fails_ends_its_session_alone(request, monkeypatch, lane, error):
+    engine = request.getfixturevalue(lane)(memory=SMALL, max_sessions=6)
+    if isinstance(error, RuntimeError):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1))
+    with engine.batch() as batch:
+        pairs = Pairs(engine, batch)
+        first, second = (pairs.join(prompt, seed) for prompt, seed in zip(PROMPTS[:2], SEEDS[:2], strict=True))
+        pairs.chunk()
+
+        def broken(*args, **options):
+            raise error
+
+        first.set_prompt("x", "recache")
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._scheduler, "recache", broken)
+            made = batch.next_chunk()
+        ((session, told),) = batch.faults()
+        assert session is first and first.closed and told.__cause__ is error
+        assert isinstance(told, DeviceError) or told.part == "recache"
+        pairs.single.pop(first).close()
+        check_same(second, pairs.single[second], made[1], pairs.single[second].next_chunk())
+        pairs.chunk()
 
 
 def test_what_is_wrong_with_an_event_is_told_once(toy_engine, monkeypatch):

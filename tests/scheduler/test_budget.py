@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfengine.config import POLICIES, MemoryConfig, PrecisionConfig, with_policy
-from cfengine.errors import CapacityError, ConfigError, PromptError, SnapshotError
+from cfengine.errors import CapacityError, ConfigError, DeviceError, PromptError, SnapshotError
+from cfengine.memory.budget import Budget, Lease
 from cfengine.snapshot import Snapshot
 
 pytestmark = pytest.mark.cpu
@@ -105,6 +107,95 @@ def test_a_session_that_is_dropped_makes_room(toy_engine):
     del session
     engine.session("b").close()
     assert engine.pages.in_use == 0
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_batch_that_is_dropped_makes_room(request, lane):
+    """It and its sessions hold one another, so nothing but a collection finds them."""
+    engine = request.getfixturevalue(lane)(memory=SMALL, max_sessions=1)
+    engine.batch(["a"]).next_chunk()
+    engine.session("b").close()
+    for _ in range(20):
+        engine.batch()
+        gc.collect()
+    engine.batch().close()
+    assert engine.pages.in_use == 0 and len(engine._lanes._lent) <= 1
+
+
+def test_a_lane_that_fails_gives_back_its_pages_in_the_order_of_the_passes(device_engine, monkeypatch):
+    """On the stream of the passes: the next session looks there for pages that are free."""
+    engine, on, closed = device_engine(memory=SMALL, max_sessions=1), [None], []
+    runtime, close = engine._runtime, Lease.close
+
+    @contextmanager
+    def queued(stream):
+        on.append(stream)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(runtime, "on", queued)
+    monkeypatch.setattr(Lease, "close", lambda self: closed.append(on[-1]) or close(self))
+    session = engine.session("a")
+    session._lane._noise = None
+    with pytest.raises(AttributeError):
+        session.next_chunk()
+    assert session.closed and closed and set(closed) == {runtime.compute}
+
+
+def test_dropped_batches_share_their_graphs(device_engine):
+    engine = device_engine(memory=SMALL, max_sessions=2)
+    engine.batch(["a"]).next_chunk()
+    captured = len(engine._runtime.captured)
+    engine.batch(["b"]).close()
+    assert len(engine._runtime.captured) == captured
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_closed_engine_lets_go_of_what_was_dropped(request, lane):
+    engine = request.getfixturevalue(lane)(memory=SMALL, max_sessions=1)
+    engine.session("a").next_chunk()
+    held = weakref.ref(engine.model)
+    engine.close()
+    gc.collect()
+    assert held() is None
+
+
+def test_a_budget_that_no_machine_has_is_a_sentence(toy_engine):
+    with pytest.raises(DeviceError, match="this machine is out of memory"):
+        toy_engine(memory=SMALL, max_sessions=10**10)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("where", ["found", "_count"])
+def test_who_finds_no_memory_while_it_opens_takes_none(request, monkeypatch, lane, where):
+    engine = request.getfixturevalue(lane)(memory=SMALL, max_sessions=1)
+    owner = Budget if where == "found" else Lease
+
+    def full(*args):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises((MemoryError, DeviceError)):
+        patch.setattr(owner, where, full)
+        engine.session("a")
+    with engine.session("a") as session:
+        session.next_chunk()
+        check_books(engine, [session])
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_snapshot_shows_nothing_of_who_was_there_before(request, lane):
+    engine = request.getfixturevalue(lane)(memory=SMALL, max_sessions=1)
+
+    def kept() -> torch.Tensor:
+        with engine.session("a", seed=1) as session:
+            session.next_chunk()
+            return session.snapshot().tensors["kept.latents"]
+
+    first = kept()
+    with engine.session("b", seed=2) as other:
+        for _ in range(4):
+            other.next_chunk()
+    assert torch.equal(kept(), first)
 
 
 @pytest.mark.parametrize("lane", LANES)
