@@ -70,7 +70,7 @@ def options(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help='What to show, such as "pan right over green hills, clear sky".')],
+    prompt: Annotated[str, typer.Argument(help="What to show.")] = WORLD,
     output: Annotated[Path, typer.Option("--output", "-o", help="Video file to write (.mp4, H.264).")] = Path(
         "out.mp4"
     ),

@@ -54,7 +54,7 @@ def test_a_mistake_is_one_sentence_before_anything_loads(run, tmp_path, argument
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["generate"], "prompt"),
+        (["generate", "hills", "more"], "unexpected extra argument"),
         (["generate", "hills", "--seconds", "long"], "--seconds"),
         (["generate", "hills", "--frames", "1.5"], "--frames"),
         (["generate", "hills", "--colour", "red"], "--colour"),
