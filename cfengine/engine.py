@@ -23,7 +23,7 @@ from cfengine.config import precision as config_precision
 from cfengine.device import check_device, check_fits, device_errors
 from cfengine.errors import CFEngineError, ConfigError, PromptError
 from cfengine.events import Prompt, check_seed
-from cfengine.lanes import Lanes, open_runtime
+from cfengine.lanes import Lanes
 from cfengine.memory.budget import PageCount
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import TextEncoder
@@ -34,7 +34,7 @@ from cfengine.ranges import spanned
 from cfengine.scheduler.batch import per_session
 from cfengine.scheduler.chunk import ChunkScheduler
 from cfengine.scheduler.director import first_text
-from cfengine.scheduler.graphs import CudaRuntime
+from cfengine.scheduler.graphs import CudaRuntime, open_runtime
 from cfengine.scheduler.lane import Lane
 from cfengine.scheduler.prompts import PromptCache, pure
 from cfengine.scheduler.sampler import Schedule

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cfengine.choices import device_type, used_operations
+from cfengine.choices import used_operations
 from cfengine.codec import Codec
 from cfengine.config import EngineConfig
 from cfengine.device import check_fits, device_errors, page_bytes
@@ -25,11 +25,6 @@ from cfengine.scheduler.device_lane import DeviceLane
 from cfengine.scheduler.graphs import CudaRuntime, check_captured
 from cfengine.scheduler.idle import IdleLanes
 from cfengine.scheduler.lane import HostLane, Lane
-
-
-def open_runtime(device: torch.device | str, graphs: bool) -> CudaRuntime | None:
-    """Streams and graphs of a GPU, None for a CPU."""
-    return CudaRuntime(device, graphs=graphs) if device_type(device) == "cuda" else None
 
 
 class Seat(NamedTuple):

@@ -55,7 +55,7 @@ def sources_of(name: str, config: EngineConfig) -> Sources:
     """Where the parts of the model called `name` are; `config` names those that it does not bring."""
     if folder := _small_folder(name):
         files = (folder / f"{part}.safetensors" for part in PARTS)
-        # presets of the small world share a codec
+        # a folder without a codec of its own has the shipped one
         return Sources(*(str(file if file.exists() else WEIGHTS / SMALL / file.name) for file in files), small=True)
     dit = config.dit_source if name in PRESETS else name
     rest = name if _is_wan_folder(name) else config.base_source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -102,6 +103,27 @@ def toy_engine():
     yield make
     for engine in engines:
         engine.close()
+
+
+def shown(session, count: int) -> list[bytes]:
+    return [b"".join(frame.pixels.tobytes() for frame in session.next_chunk()) for _ in range(count)]
+
+
+@pytest.fixture
+def beside_a_healthy_one():
+    """beside(engine) -> a context: whatever is done in it, another session of the engine shows what it shows alone."""
+
+    @contextmanager
+    def beside(engine):
+        with engine.session("b c", seed=7) as alone:
+            expected = shown(alone, 6)
+        with engine.session("b c", seed=7) as healthy:
+            found = shown(healthy, 2)
+            yield
+            found += shown(healthy, 4)
+        assert found == expected
+
+    return beside
 
 
 class NoReads(TorchDispatchMode):

@@ -326,14 +326,20 @@ def test_blends_that_overtake_blends_for_ever_do_not_grow(toy_engine):
         assert len(json.dumps(session._director.about())) < 2000
 
 
+def overtaken(engine, session, monkeypatch) -> Gate:
+    """A blend goes on while the text of another one is encoded, until the gate is opened."""
+    session.set_prompt("b", "blend(8)")
+    session.next_chunk()
+    gate = Gate(engine, monkeypatch)
+    session.push(Prompt("c", "blend(3)"))
+    return gate
+
+
 def test_an_event_that_waits_holds_no_more_than_it_can_need(toy_engine, monkeypatch):
     """While its text is encoded another blend goes on, and what its steps begin with changes from chunk to chunk."""
     engine = toy_engine()
     with engine.session("a", seed=1) as session:
-        session.set_prompt("b", "blend(8)")
-        session.next_chunk()
-        gate = Gate(engine, monkeypatch)
-        session.push(Prompt("c", "blend(3)"))
+        gate = overtaken(engine, session, monkeypatch)
         for _ in range(5):
             session.next_chunk()
             (waiting,) = session._director._waiting
@@ -385,10 +391,7 @@ def test_a_blend_is_made_ahead(toy_engine, monkeypatch):
     """No edge projects anything, also where the picture had moved on before the text was there."""
     engine = toy_engine()
     with engine.session("a", seed=1) as session:
-        session.set_prompt("b", "blend(8)")
-        session.next_chunk()
-        gate = Gate(engine, monkeypatch)
-        session.push(Prompt("c", "blend(3)"))
+        gate = overtaken(engine, session, monkeypatch)
         for _ in range(2):  # the first blend goes on
             assert told(session.next_chunk()) == (1, 0)
         gate.open.set()

@@ -55,18 +55,6 @@ def engine(toy_engine):
 
 
 @contextmanager
-def beside_a_healthy_one(engine):
-    """Whatever is done in here, another session of the engine shows what it shows alone."""
-    with engine.session("b c", seed=7) as alone:
-        expected = chunks(alone, 6)
-    with engine.session("b c", seed=7) as healthy:
-        shown = chunks(healthy, 2)
-        yield
-        shown += chunks(healthy, 4)
-    assert shown == expected
-
-
-@contextmanager
 def published(session, *, stop_after: int):
     """A session in a ring of 8 slots, run by a thread until it has put out so many frames; -> (name, what it said)."""
     video, name = session.config.video, f"test-{uuid.uuid4().hex[:8]}"
@@ -94,7 +82,7 @@ def published(session, *, stop_after: int):
 
 
 @pytest.mark.embed
-def test_a_reader_that_stops_reading_holds_up_nobody(engine) -> None:
+def test_a_reader_that_stops_reading_holds_up_nobody(engine, beside_a_healthy_one) -> None:
     """It pins a frame and looks away; the frame stays what it was, and the writer goes round the other slots."""
     with beside_a_healthy_one(engine), engine.session("a", seed=3) as session:
         with published(session, stop_after=400) as (name, _), Reader(name) as reader:
@@ -106,7 +94,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody(engine) -> None:
 
 
 @pytest.mark.embed
-def test_a_reader_that_is_killed_with_a_frame_in_its_hands_loses_it(engine) -> None:
+def test_a_reader_that_is_killed_with_a_frame_in_its_hands_loses_it(engine, beside_a_healthy_one) -> None:
     with beside_a_healthy_one(engine), engine.session("a", seed=3) as session:
         with published(session, stop_after=900) as (name, _):
             child = subprocess.Popen([sys.executable, "-c", HOLDS, name], stdout=subprocess.PIPE, text=True)
@@ -132,7 +120,7 @@ def until_known(reader: Reader, number: int) -> None:
 
 
 @pytest.mark.embed
-def test_a_text_that_fails_in_the_encoder_leaves_no_number_pending(engine, monkeypatch) -> None:
+def test_a_text_that_fails_in_the_encoder_leaves_no_number_pending(engine, monkeypatch, beside_a_healthy_one) -> None:
     """A frame passes its number, it is counted and told, and a turn of the camera is of the prompt that is shown."""
     encode = engine._prompts._embed
 
@@ -169,7 +157,7 @@ def timed(work) -> float:
 # A display, files -----------------------------------------------------------------------------------------------------
 
 
-def test_a_display_that_stops_asking_leaves_a_bounded_lead(engine) -> None:
+def test_a_display_that_stops_asking_leaves_a_bounded_lead(engine, beside_a_healthy_one) -> None:
     with beside_a_healthy_one(engine), engine.session("a", seed=3) as session:
         with Playout(session, fps=240, adapt=False) as play:
             while play.at() is None:
@@ -184,7 +172,7 @@ def test_a_display_that_stops_asking_leaves_a_bounded_lead(engine) -> None:
                 time.sleep(0.001)
 
 
-def test_what_a_session_raises_reaches_its_display_once(engine, monkeypatch) -> None:
+def test_what_a_session_raises_reaches_its_display_once(engine, monkeypatch, beside_a_healthy_one) -> None:
     with beside_a_healthy_one(engine), engine.session("a", seed=3) as session:
         session.next_chunk()
         session._lane._decoders[0].decode = lambda latents: 1 / 0
@@ -206,7 +194,7 @@ def full_disk(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_video_on_a_full_disk_plays_as_far_as_it_goes(engine, tmp_path) -> None:
+def test_a_video_on_a_full_disk_plays_as_far_as_it_goes(engine, tmp_path, beside_a_healthy_one) -> None:
     with beside_a_healthy_one(engine), engine.session("a", seed=3) as session:
         writer = VideoWriter(tmp_path / "a.mp4", fps=16, scale=4, record=None)
         with full_disk(60_000):
@@ -221,7 +209,7 @@ def test_a_video_on_a_full_disk_plays_as_far_as_it_goes(engine, tmp_path) -> Non
         session.next_chunk()  # the session itself is well
 
 
-def test_a_snapshot_on_a_full_disk_is_a_sentence_and_leaves_nothing(engine, tmp_path) -> None:
+def test_a_snapshot_on_a_full_disk_is_a_sentence_and_leaves_nothing(engine, tmp_path, beside_a_healthy_one) -> None:
     with beside_a_healthy_one(engine), engine.session("a", seed=3) as session:
         session.next_chunk()
         snapshot = session.snapshot()

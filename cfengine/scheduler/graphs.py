@@ -79,6 +79,11 @@ class CudaRuntime:
         return Graph(work, stream, self._pools[stream]) if self.graphs else work
 
 
+def open_runtime(device: torch.device | str, graphs: bool) -> CudaRuntime | None:
+    """Streams and graphs of a GPU, None for a CPU."""
+    return CudaRuntime(device, graphs=graphs) if torch.device(device).type == "cuda" else None
+
+
 def check_captured(ops: Ops, used: Iterable[str]) -> None:
     """Raise KernelError unless a graph can hold the implementations of the operations that are used."""
     for op in used:

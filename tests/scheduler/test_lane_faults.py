@@ -23,18 +23,6 @@ def chunks(session, count: int) -> list[bytes]:
 
 
 @contextmanager
-def beside_a_healthy_one(engine):
-    """Whatever is done in here, another session of the engine shows what it shows alone."""
-    with engine.session("b c", seed=7) as alone:
-        expected = chunks(alone, 6)
-    with engine.session("b c", seed=7) as healthy:
-        shown = chunks(healthy, 2)
-        yield
-        shown += chunks(healthy, 4)
-    assert shown == expected
-
-
-@contextmanager
 def failing(engine, where: str, error: Exception | None):
     """Denoise passes or decoders of the engine raise, or make NaN."""
     scheduler = engine._scheduler
@@ -79,7 +67,7 @@ CASES = {
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("case", CASES)
-def test_a_fault_ends_its_session_alone(request, lane: str, case: str) -> None:
+def test_a_fault_ends_its_session_alone(request, lane: str, case: str, beside_a_healthy_one) -> None:
     where, error, kind, words = CASES[case]
     engine = request.getfixturevalue(lane)(memory=SMALL, max_sessions=2)
     with beside_a_healthy_one(engine):
