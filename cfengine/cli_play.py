@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -161,16 +161,17 @@ class Player:
         self.seed, self.said = self.session.seed, "back"
 
     def look(self) -> Shown | None:
-        """The frame of now; None while paused or before the first. An event's own error is said in the title."""
+        """The frame of now; None while paused, before the first, or when an event failed, which the title says."""
         if self.paused:
             return None
         try:
             shown = self.playout.at()
         except CFEngineError as error:
-            if self.session.closed:
+            if error.event_id is None:
                 raise
-            self.said, self.prompt = str(error), self.session.prompt
-            self._stopped(lambda: None)
+            self.said = str(error)
+            with suppress(CFEngineError):  # one that closed the session since: the next look says it
+                self.prompt = self.session.prompt
             return None
         for receipt in shown.frame.timings.events if shown else ():
             self.latency = receipt.latency

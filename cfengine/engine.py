@@ -16,18 +16,17 @@ from torch import Tensor
 
 from cfengine.backends import open_backend
 from cfengine.batch import Batch
-from cfengine.choices import check_backend, check_sessions, device_type, dtype_of, rounded, text_encoder
-from cfengine.codec import Codec, load_codec
+from cfengine.choices import check_backend, check_sessions, device_type, rounded
+from cfengine.codec import Codec
 from cfengine.config import POLICIES, EngineConfig, with_policy
-from cfengine.config import precision as config_precision
 from cfengine.device import check_device, check_fits, device_errors
 from cfengine.errors import CFEngineError, ConfigError, PromptError
 from cfengine.events import Prompt, check_seed
 from cfengine.lanes import Lanes
+from cfengine.loading import configured, load
 from cfengine.memory.budget import PageCount
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.model.text import TextEncoder
-from cfengine.model.weights import load_dit
 from cfengine.ops import HINTS, OPERATIONS, Ops, not_built, row, select
 from cfengine.pictures import Past, Pictures
 from cfengine.ranges import spanned
@@ -37,11 +36,10 @@ from cfengine.scheduler.director import first_text
 from cfengine.scheduler.graphs import CudaRuntime, open_runtime
 from cfengine.scheduler.lane import Lane
 from cfengine.scheduler.prompts import PromptCache, pure
-from cfengine.scheduler.sampler import Schedule
+from cfengine.scheduler.sampler import Schedule, near_share
 from cfengine.scheduler.scenes import timeline
 from cfengine.session import Session, check_num_frames
 from cfengine.snapshot import Snapshot, fingerprint, made_for
-from cfengine.sources import config_of, sources_of
 from cfengine.types import Frame
 
 if TYPE_CHECKING:
@@ -98,7 +96,8 @@ class Engine:
             self._fingerprint = fingerprint(model.named_parameters())  # before anything is rounded or let go
             self.model = model.prepare(rounded(config, backend))
         self._runtime = open_runtime(device, graphs)
-        self._schedule = Schedule(config.sampler, reduced=efforts or self._runtime is None)
+        reduced = efforts or self._runtime is None
+        self._schedule = Schedule(config.sampler, reduced=reduced, near=near_share(config))
         queue = self._runtime.on(self._runtime.compute) if self._runtime else nullcontext()
         self._segments = open_backend(
             backend, config, self.model, self.ops, text, queue, exported=exported, progress=progress
@@ -156,39 +155,19 @@ class Engine:
         check_backend(backend, exported)
         check_sessions(max_sessions)
         name = str(source)
-        if config is None:
-            config = config_of(name)
-        if policy is not None:
-            config = dataclasses.replace(config, memory=with_policy(config.memory, policy))
-        if size is not None:
-            config = dataclasses.replace(config, video=dataclasses.replace(config.video, width=size[0], height=size[1]))
-        if precision is not None:
-            config = dataclasses.replace(config, precision=config_precision(precision))
-        if taehv is not None:
-            config = dataclasses.replace(config, codec="taehv")
-        sources = sources_of(name, config)
+        config = configured(name, config, policy=policy, size=size, precision_name=precision, taehv=taehv is not None)
         # a choice that is not built fails before any weights load
         select(device_type(device), dict(config.kernels), fp8=config.precision.fp8)
         if threads is not None:
             torch.set_num_threads(threads)
-        kind = dtype_of(dtype) or (torch.float32 if sources.small else torch.bfloat16)
-        with torch.device("meta"):
-            model = CausalDiT(config.model)
-        if device_type(device) == "cuda":
-            needed = sum(p.numel() for p in model.parameters()) * kind.itemsize
-            check_fits(f"the model of {config.name!r}", needed, config, device, kind.itemsize)
-        with device_errors(config, device, kind.itemsize):
-            model.load_state_dict(load_dit(sources.dit, config.model, dtype=kind, device=device), assign=True)
-            encoder = text_encoder(config, sources.text, device)
-            exact = torch.float32 if device_type(device) == "cpu" else kind
-            pixels = load_codec(config, str(taehv or sources.codec), device, exact)
+        parts = load(name, config, device, dtype, taehv)
         return cls(
             config,
-            model,
-            pixels,
-            encoder,
+            parts.model,
+            parts.codec,
+            parts.text,
             device=device,
-            dtype=kind,
+            dtype=parts.dtype,
             graphs=graphs,
             backend=backend,
             exported=exported,

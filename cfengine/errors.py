@@ -4,7 +4,8 @@
 class CFEngineError(Exception):
     """Base of every error that cfengine raises on purpose; the command line prints it as one sentence.
 
-    event_id: of the event of `Session.push` that it is about, which is dropped; None where it is about none
+    event_id: of the event of `Session.push` that it is about, which is dropped while the session goes on; None where it
+    is about none
     """
 
     event_id: int | None = None

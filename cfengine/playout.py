@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cfengine.errors import ConfigError
+from cfengine.errors import CFEngineError, ConfigError
 from cfengine.types import Frame
 
 LATE = ("repeat", "drop")  # what happens to frames that were not there in time
+UNTOLD = 16  # errors that wait for a display which does not ask; the source then waits too
 
 
 class Source(Protocol):
@@ -29,7 +30,7 @@ class Source(Protocol):
     effort: int
 
     def next_chunk(self) -> list[Frame]:
-        """Frames of the next chunk, in order."""
+        """Frames of the next chunk, in order. An error with an `event_id` is of that event alone, which is dropped."""
         ...
 
 
@@ -105,6 +106,8 @@ class Playout:
 
     A source that cannot keep up is set to levels of less effort, one after the other, and back; see `Governor`. `at`,
     `resume` and `stats` may be called from any one thread while the playout runs; the source belongs to the playout's.
+    An error is told to the display. One that is about an event (`CFEngineError.event_id`) has cost that event alone and
+    chunks go on; after any other no more are made, and the last frame is repeated.
     """
 
     def __init__(
@@ -129,14 +132,13 @@ class Playout:
             raise ConfigError(f"fps is {fps} and lead {lead}; give a rate above 0 and a lead of at least 1 chunk")
         self._source, self._period, self._lead, self._late, self._clock = source, 1 / fps, lead, late, clock
         self._governor, self._adapt = Governor(source.efforts, source.effort), adapt
-        self._ready: deque[Frame] = deque()
+        self._ready: deque[Frame | BaseException] = deque()  # in the order in which a display is told
         self._current: Frame | None = None
         self._due = self._current_due = 0.0  # of the first frame that is ready or to come, and of the one shown
         self._starved_at: float | None = None
         self._cut = False
         self._shown = self._missed = self._dropped = 0
         self._stalled = 0.0
-        self._error: BaseException | None = None
         self._wake = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="cfengine playout", daemon=True)
@@ -146,13 +148,13 @@ class Playout:
     def at(self, when: float | None = None) -> Shown | None:
         """The frame to show at a time of the clock (now, if None); None before the first is there. Never waits.
 
-        Times may not go back. Raises what the source raised, once what it had made before is shown.
+        Times may not go back. Raises what the source raised, each error once, when what it had made before has been
+        shown and the frame after that is due; asked again with the same time, it goes on.
         """
         with self._wake:
             when = self._clock() if when is None else when
             if self._current is None:
                 if not self._ready:
-                    self._raise()
                     return None
                 self._due = when
             repeated = self._advance(when)
@@ -167,9 +169,14 @@ class Playout:
             self._starved_at = None
 
     def _advance(self, when: float) -> bool:
-        """Go on to the last frame that is due; whether one is due that is not there."""
+        """Go on to the last frame that is due; whether one is due that is not there. Raises an error that is due."""
         moved = 0
         while self._ready and self._due <= when:
+            if isinstance(self._ready[0], BaseException):
+                if moved:  # the frame before it is shown first
+                    break
+                self._wake.notify_all()
+                raise self._ready.popleft()
             self._current, self._current_due = self._ready.popleft(), self._due
             self._due += self._period
             self._cut |= self._current.cut
@@ -180,55 +187,60 @@ class Playout:
             self._cut |= moved > 1
         if self._ready or when < self._due:
             return False
-        self._raise()
         if self._starved_at is None:
             self._starved_at = self._due
             self._missed += 1
         return True
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
     def stats(self) -> PlayoutStats:
         """Counts so far."""
         with self._wake:
-            return PlayoutStats(
-                self._shown, self._missed, self._dropped, self._stalled, len(self._ready), self._governor.level
-            )
+            ready = len(self._frames())
+            return PlayoutStats(self._shown, self._missed, self._dropped, self._stalled, ready, self._governor.level)
 
     # the thread that makes chunks
 
     def _run(self) -> None:
-        try:
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._stopped or self._waiting_chunks() < self._lead)
-                    if self._stopped:
-                        return
-                began = self._clock()
-                frames = self._source.next_chunk()
-                if self._adapt:
-                    self._source.effort = self._governor.saw(self._clock() - began, len(frames) * self._period)
-                with self._wake:
-                    self._accept(frames)
-        except BaseException as error:  # the display is told; this thread has nobody to tell
+        on = True
+        while on:
             with self._wake:
-                self._error = error
+                self._wake.wait_for(lambda: self._stopped or self._has_room())
+                if self._stopped:
+                    return
+            try:
+                self._make()
+            except BaseException as error:  # the display is told; this thread has nobody to tell
+                with self._wake:
+                    self._ready.append(error)
+                on = isinstance(error, CFEngineError) and error.event_id is not None
 
-    def _waiting_chunks(self) -> int:
-        """Chunks of which nothing was shown yet."""
+    def _make(self) -> None:
+        began = self._clock()
+        frames = self._source.next_chunk()
+        if self._adapt:
+            self._source.effort = self._governor.saw(self._clock() - began, len(frames) * self._period)
+        with self._wake:
+            self._accept(frames)
+
+    def _frames(self) -> list[Frame]:
+        """What is ready to be shown."""
+        return [item for item in self._ready if isinstance(item, Frame)]
+
+    def _has_room(self) -> bool:
+        """Whether another chunk may be made: fewer than `lead` wait of which nothing was shown yet."""
+        frames = self._frames()
         shown = self._current.timings.chunk if self._current else None
-        return len({frame.timings.chunk for frame in self._ready} - {shown})
+        waiting = len({frame.timings.chunk for frame in frames} - {shown})
+        return waiting < self._lead and len(self._ready) - len(frames) < UNTOLD
 
     def _accept(self, frames: list[Frame]) -> None:
-        """Queue a chunk. If an event shows in it for the first time, what is ready from before the event goes."""
-        newest = self._ready[-1] if self._ready else self._current
+        """Queue a chunk. If an event shows in it for the first time, frames that are ready from before the event go."""
+        ready = self._frames()
+        newest = ready[-1] if ready else self._current
         if newest is not None and frames[0].last_event_id != newest.last_event_id:
-            self._dropped += len(self._ready)
-            self._cut |= bool(self._ready)
-            self._ready.clear()
+            self._dropped += len(ready)
+            self._cut |= bool(ready)
+            self._ready = deque(item for item in self._ready if not isinstance(item, Frame))
         self._ready.extend(frames)
         if self._starved_at is not None:
             now = self._clock()

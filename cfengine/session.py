@@ -75,10 +75,12 @@ class Session:
 
     @property
     def efforts(self) -> tuple[float, ...]:
-        """What a chunk costs at each level of effort, as a share of the first, which is full: (1.0, 0.8, 0.6), say.
+        """What a chunk costs at each level of effort, as a share of the first, which is full: (1.0, 0.8, 0.6, 0.48).
 
-        A level leaves out one more denoise pass than the one before (`Schedule.efforts`). On a GPU there is one level,
-        unless the engine was made with `efforts=True`. Decoding, which costs the same at all levels, is not counted.
+        A level leaves out one more denoise pass than the one before, and in the last the two that are left attend to
+        the sink and the nearest slots alone, where the engine's memory has more (`Schedule.efforts`). On a GPU there is
+        one level, unless the engine was made with `efforts=True`. Decoding costs the same at all levels and is not
+        counted.
         """
         lane = self._lane  # which a consumer may close meanwhile
         self._check_open()
@@ -258,6 +260,7 @@ class Session:
             events=self._director.receipts(),
             effort=chunk.effort,
             passes=chunk.passes,
+            near=chunk.near,
         )
         self.latents = chunk.latents
         self._start += self.config.memory.chunk_frames

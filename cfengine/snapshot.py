@@ -181,7 +181,7 @@ class SharedPages:
                     self._given[key] = copy = _copy(state[name][layer, page], device)
                 copies[f"{name}.{layer}.{page}"] = copy
         for place in {tensor.device for part in (state, copies) for tensor in part.values() if tensor.is_cuda}:
-            torch.cuda.synchronize(place)
+            torch.cuda.current_stream(place).synchronize()  # not the device: another thread may be capturing
         return copies
 
 

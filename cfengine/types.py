@@ -47,8 +47,8 @@ class ChunkTimings:
     beside the clean pass of the same chunk, so that the parts add up to more than a chunk takes. `memory` is what
     happened since the frames before: in the clean pass of the previous chunk and the denoise passes of this one.
     `recache` is what a switch of that name cost before the chunk. `events` are those that this chunk is the first to
-    show, in their order. `effort` is the level that the chunk was made at, 0 for full, and `passes` the denoise passes
-    of that level.
+    show, in their order. `effort` is the level that the chunk was made at, 0 for full, `passes` the denoise passes of
+    that level, and `near` whether they attended to the sink and the nearest slots alone.
     """
 
     chunk: int
@@ -61,6 +61,7 @@ class ChunkTimings:
     events: tuple[Receipt, ...] = ()
     effort: int = 0
     passes: int = 0
+    near: bool = False
 
     @property
     def total(self) -> float:

@@ -46,9 +46,10 @@ ALLOWED: dict[str, set[str] | None] = {
         "codec",
         "ops",
         "device",
-        "sources",
+        "loading",
         "serve",
     },
+    "loading": {"choices", "sources", "codec", "model", "device"},  # parts of an engine, from a name
     "sources": {"model", "checkpoint"},  # sizes of a checkpoint are read off its tensors, or said beside them
     "session": {"scheduler", "memory", "device", "snapshot"},
     "scheduler": {"memory", "segments", "codec", "ops"},

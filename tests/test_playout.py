@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from cfengine.errors import ConfigError
-from cfengine.playout import Governor, Playout
+from cfengine.errors import ConfigError, FaultError, PromptError
+from cfengine.playout import UNTOLD, Governor, Playout
 from cfengine.types import ChunkTimings, Frame
 
 pytestmark = pytest.mark.cpu
@@ -21,14 +21,15 @@ class Source:
     efforts, effort = (1.0,), 0
 
     def __init__(self) -> None:
-        self.made, self.event, self.error, self.cut = 0, 0, None, False
+        self.made, self.event, self.cut = 0, 0, False
+        self.errors: list[Exception] = []  # each in place of a chunk
         self.allowed, self.waiting = threading.Semaphore(0), threading.Semaphore(0)
 
     def next_chunk(self) -> list[Frame]:
         self.waiting.release()
         self.allowed.acquire()
-        if self.error:
-            raise self.error
+        if self.errors:
+            raise self.errors.pop(0)
         timings, first = ChunkTimings(chunk=self.made, denoise=0.0, decode=0.0), 4 * self.made
         self.made += 1
         pixels = np.zeros((1, 1, 3), np.uint8)
@@ -161,13 +162,84 @@ def test_what_the_source_raises_reaches_the_display_after_the_last_frame(source)
     clock = Clock()
     with Playout(source, fps=10, clock=clock) as play:
         let(source, play)
-        source.error = ValueError("broken")
+        source.errors = [ValueError("broken")]
         source.allowed.release()
         assert indices(play, clock, 4, 0.1) == [0, 1, 2, 3]
         until(lambda: not play._thread.is_alive())
         with pytest.raises(ValueError, match="broken"):
             play.at()
         assert play.at().repeated, "it is raised once"
+
+
+def dropped(number: int) -> PromptError:
+    """What a session raises of an event that cannot be; it goes on without."""
+    error = PromptError(f"event {number} is dropped")
+    error.event_id = number
+    return error
+
+
+def test_an_event_that_fails_is_told_once_in_its_place_and_chunks_go_on(source) -> None:
+    """The frame due then is shown when it is asked for again: nothing is missed."""
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        assert play.at().frame.index == 0
+        source.errors = [dropped(1), dropped(2)]
+        source.allowed.release(2)
+        let(source, play)
+        clock.now += 0.1
+        assert indices(play, clock, 3, 0.1) == [1, 2, 3]
+        for number in (1, 2):
+            with pytest.raises(PromptError, match=f"event {number} is dropped"):
+                play.at()
+        assert indices(play, clock, 4, 0.1) == [4, 5, 6, 7]
+        stats = play.stats()
+        assert (stats.shown, stats.missed, stats.dropped, stats.stalled) == (8, 0, 0, 0)
+
+
+def test_an_error_is_told_though_frames_before_it_are_left_out(source) -> None:
+    """What an event changed is shown at once, but an event that failed before it is not passed over."""
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        let(source, play)
+        assert play.at().frame.index == 0
+        source.errors, source.event = [dropped(1)], 2
+        source.allowed.release()
+        let(source, play)
+        clock.now += 0.1
+        with pytest.raises(PromptError, match="event 1 is dropped"):
+            play.at()
+        shown = play.at()
+        assert shown.frame.index == 4 and shown.cut and play.stats().dropped == 3
+
+
+def test_an_error_before_the_first_frame_is_told_and_another_ends_it(source) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        source.errors = [dropped(1), FaultError("the decoder failed", "decode")]
+        source.allowed.release(2)
+        until(lambda: not play._thread.is_alive())
+        with pytest.raises(PromptError, match="event 1"):
+            play.at()
+        with pytest.raises(FaultError, match="the decoder"):
+            play.at()
+        assert play.at() is None and play.stats().ready == 0
+
+
+def test_errors_wait_for_a_display_as_chunks_do(source) -> None:
+    clock = Clock()
+    with Playout(source, fps=10, clock=clock) as play:
+        source.errors = [dropped(number) for number in range(UNTOLD + 9)]
+        source.allowed.release(1000)
+        until(lambda: len(source.errors) == 9)
+        time.sleep(0.05)
+        assert len(source.errors) == 9 and not source.made
+        for _ in range(UNTOLD + 9):
+            until(lambda: play._ready)
+            with pytest.raises(PromptError):
+                play.at()
+        until(lambda: play.stats().ready)
+        assert play.at().frame.index == 0
 
 
 def test_effort_goes_down_when_chunks_are_late_and_comes_back(source) -> None:

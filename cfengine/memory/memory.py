@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfengine.config import EngineConfig
 from cfengine.memory.budget import Budget, Lease, PageView
-from cfengine.memory.pages import PagePool, Tables, session_pages
+from cfengine.memory.pages import LayerTable, PagePool, Tables, near_slots, session_pages
 from cfengine.memory.policies import Pass, SlowFastPaper, Window, make_policy
 from cfengine.ops import Ops
 from cfengine.types import LayerEvents
@@ -34,6 +34,9 @@ class Memory:
         self.ops = ops
         self.promotions = torch.zeros((), dtype=torch.int64, device=device)
         self.sink = config.memory.kept_sink
+        self._near = near_slots(config.memory)
+        places = torch.arange(self._near, dtype=torch.int32, device=device)
+        self._places, self._moves = places, (places >= self.sink).int()  # all but the sink's go on with the chunk
         self.keep = 1 if isinstance(self.policy, SlowFastPaper) else config.memory.keep
         self.grid, self.eps, self.theta = config.grid, config.model.eps, config.model.theta
         kept = config.precision.pages == "fp8" and config.precision.attention != "fp8"
@@ -87,10 +90,24 @@ class Memory:
         self.policy.update(self.tables, layer, key_mean, step)
         if query is None:
             return None
+        ids, positions, count = self._read(table, step)
         return self.ops.paged_attention(
-            query, k_pages, v_pages, self.places(layer, table.page_ids), table.positions, table.count,
-            table.q_positions, theta=self.theta, **scales, **self.products,
+            query, k_pages, v_pages, self.places(layer, ids), positions, count, table.q_positions, theta=self.theta,
+            **scales, **self.products,
         )  # fmt: skip
+
+    def _read(self, table: LayerTable, step: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """(page_ids, positions, count) of the slots that a pass attends to: all, or the sink and the nearest.
+
+        Slots lie in the order of temporal positions, the chunk in flight last, so the nearest are the last in use; each
+        keeps its position. Fixed shapes, and no word to the host.
+        """
+        if not step.near or self._near == table.page_ids.shape[0]:
+            return table.page_ids, table.positions, table.count
+        passed = (table.count - self._near).clamp_min(0)
+        slots = self._places + passed * self._moves
+        shown = (part.index_select(0, slots) for part in (table.page_ids, table.positions))
+        return *shown, table.count.clamp_max(self._near)
 
     def own(self, ids: Tensor | None = None) -> None:
         """Before pages are written: see to it that no other session shows them.  ids: (layers, n), None for all"""

@@ -7,12 +7,22 @@ import torch
 from cfengine.config import EngineConfig, MemoryConfig
 from cfengine.kernels.slow_fast_update.reference import SlowFastTable as LayerTable
 
-__all__ = ["LayerTable", "PagePool", "Tables", "session_pages"]
+__all__ = ["LayerTable", "PagePool", "Tables", "near_slots", "session_pages"]
 
 
 def session_pages(memory: MemoryConfig) -> int:
     """Pages of a layer that a session needs at most: what its slots show, and what the pass in flight writes."""
     return memory.slots + memory.chunk_frames
+
+
+def near_slots(memory: MemoryConfig) -> int:
+    """Slots that a pass reads which looks near alone: half of them, and no less than the sink and two chunks.
+
+    Half is rounded up to whole chunks. The two chunks are the one in flight and the one that it follows.
+    """
+    frames = memory.chunk_frames
+    half = -(-memory.slots // (2 * frames)) * frames
+    return min(memory.slots, max(half, memory.kept_sink + 2 * frames))
 
 
 class PagePool:

@@ -27,6 +27,7 @@ class Pass(NamedTuple):
     start_frame: int | torch.Tensor  # first latent frame of the chunk, counted from the start of the session
     clean: bool = False  # timestep 0: these keys and values stay
     cut: bool | torch.Tensor = False  # first chunk after a scene cut (relative_window)
+    near: bool = False  # attends to the sink and the nearest slots alone; what is kept, and where, stays the same
 
 
 class Policy(Protocol):

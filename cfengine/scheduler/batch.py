@@ -30,7 +30,7 @@ class MemoryBatch:
         count = len(self.memories)
         queries = [None] * count if q is None else q.chunk(count)
         parts = [
-            memory.attend(layer, *own, norms, Pass(step.start_frame[i], step.clean, step.cut[i]))
+            memory.attend(layer, *own, norms, step._replace(start_frame=step.start_frame[i], cut=step.cut[i]))
             for i, (memory, *own) in enumerate(zip(self.memories, queries, k.chunk(count), v.chunk(count), strict=True))
         ]
         return None if q is None else torch.cat(parts)

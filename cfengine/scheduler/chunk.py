@@ -58,9 +58,9 @@ class ChunkScheduler:
         observe(pass, timestep, flow, x0) sees every pass      -> x0 (frames, channels, height, width) float32
         """
         schedule, ops = self.schedule, self.segments.ops
-        step = Pass(start_frame, cut=cut)
+        passes, near = schedule.efforts[effort]
+        step = Pass(start_frame, cut=cut, near=near)
         device = memory.device
-        passes = schedule.efforts[effort]
         x = noise(passes[0]).to(device)
         for i, later in zip(passes, [*passes[1:], None], strict=True):
             timestep = schedule.warped[i]
@@ -87,6 +87,8 @@ class ChunkScheduler:
         """Turn x0 into context: a pass at the context timestep (0) whose keys and values stay.
 
         It stops at the last block's keys and values; full=True runs to the end and returns (flow, its x0), for replay.
+        It reads the whole memory at every level of effort: what it writes is read for as long as its pages stay, and
+        nothing writes them again, while those of a denoise pass last until the next pass.
         """
         step, timestep = Pass(start_frame, clean=True, cut=cut), self.schedule.context_timestep
         flow = self._pass(memory, x0, step, timestep, cross, full=full, trace=trace)

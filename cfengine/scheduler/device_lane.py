@@ -165,7 +165,8 @@ class DeviceLane:
 
     def _wait(self) -> None:
         for stream in (self._runtime.compute, self._runtime.decoding):
-            stream.synchronize()
+            with self._runtime.on(stream):
+                stream.synchronize()
 
     def _host_buffers(self, shape: tuple[int, ...]) -> HostBuffers:
         pinned = self._runtime.pinned
@@ -281,7 +282,8 @@ class DeviceLane:
         self._cleaned = marks
         self._chunks += 1
         made: list[Chunk | Exception] = []
-        passes = len(self._scheduler.schedule.efforts[effort])
+        level = self._scheduler.schedule.efforts[effort]
+        told = effort, len(level.passes), level.near
         for place, (part, event) in enumerate(zip(latents.split(self._frames), events, strict=True)):
             count = host.counts[place]
             if (failed := self._failed.get(place)) is not None:
@@ -292,7 +294,7 @@ class DeviceLane:
                 made.append(count)
             else:
                 pixels = host.frames[place][:count].numpy().copy()
-                made.append(Chunk(pixels, part, denoise, decode, clean, event, recache, effort, passes))
+                made.append(Chunk(pixels, part, denoise, decode, clean, event, recache, *told))
         return made
 
     @torch.inference_mode()

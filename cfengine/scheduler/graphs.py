@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ class Graph:
     """A call captured once; what it returned is written anew by every replay.
 
     The call has run before on the same stream, so that kernels are compiled and constants are on the device. It may
-    allocate: such memory comes from the pool and keeps its address for the life of the graph.
+    allocate: such memory comes from the pool and keeps its address for the life of the graph. Nobody else may queue on
+    the stream meanwhile; see `CudaRuntime.on`.
     """
 
     def __init__(self, work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, of a consumer say, may go on calling CUDA meanwhile
+        # thread_local: other threads, of a consumer say, may go on allocating and copying on streams of their own
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._result = work()
 
@@ -36,23 +39,39 @@ class CudaRuntime:
     compute carries all passes of all sessions, one after the other, so that their graphs share one pool of scratch
     memory; decoding carries decoders and the copies to the host, beside the clean passes, before them where both wait.
     Prompts are encoded on a third, from any thread.
+
+    apart: held to capture, or to wait for the whole device, which no mode of capture allows while any stream of it is
+    captured; torch wants one capture a process, too
     """
+
+    apart = threading.Lock()
 
     def __init__(self, device: torch.device | str, *, graphs: bool = True) -> None:
         self.device, self.graphs = torch.device(device), graphs
+        self._queue = threading.RLock()  # of compute and decoding
         with torch.cuda.device(self.device):
             self.compute, self.decoding = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
             self._prompts = torch.cuda.Stream()
             self._pools = {stream: torch.cuda.graph_pool_handle() for stream in (self.compute, self.decoding)}
-            torch.cuda.synchronize()  # weights have arrived: every stream may read them
+            with self.apart:
+                torch.cuda.synchronize()  # weights have arrived: every stream may read them
 
-    def on(self, stream: torch.cuda.Stream):
-        """A context in which work is queued on a stream."""
-        return torch.cuda.stream(stream)
+    @contextmanager
+    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """A context in which a thread queues work on compute or decoding, waits for them or captures them.
+
+        One thread at a time. Being captured is a state of the stream and not of the thread that began it: what another
+        thread queues on it is not done but becomes part of the graph, and waiting for it breaks the capture, whatever
+        its mode, which is about calls such as cudaMalloc alone (CUDA Runtime API, `cudaStreamBeginCapture`,
+        `cudaThreadExchangeStreamCaptureMode`). So chunks of other sessions wait until what is held here is over.
+        """
+        with self._queue, torch.cuda.stream(stream):
+            yield
 
     def join(self) -> None:
         """Let compute wait for what the caller has queued on its own stream."""
-        self.compute.wait_stream(torch.cuda.current_stream(self.device))
+        with self._queue:
+            self.compute.wait_stream(torch.cuda.current_stream(self.device))
 
     def aside(self, work: Callable[[], list[tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...]]:
         """Do work beside all other work, and wait for it; its tensors are made for compute to read."""
@@ -76,7 +95,10 @@ class CudaRuntime:
 
     def capture(self, work: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
         """`work` to be called again and again on a stream: a graph, or without graphs the call itself."""
-        return Graph(work, stream, self._pools[stream]) if self.graphs else work
+        if not self.graphs:
+            return work
+        with self.on(stream), self.apart:
+            return Graph(work, stream, self._pools[stream])
 
 
 def open_runtime(device: torch.device | str, graphs: bool) -> CudaRuntime | None:

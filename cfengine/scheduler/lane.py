@@ -47,6 +47,7 @@ class Chunk(NamedTuple):
     recache: float
     effort: int
     passes: int
+    near: bool
 
 
 class Lane(Protocol):
@@ -206,9 +207,10 @@ class HostLane:
         recache = began - paid if any(step.recache for step in steps) else 0.0
         pixels = [failed.get(place) or made for place, made in enumerate(pixels)]
         made = zip(pixels, parts, self._events(), strict=True)
-        passes = effort, len(self._scheduler.schedule.efforts[effort])
+        level = self._scheduler.schedule.efforts[effort]
+        told = effort, len(level.passes), level.near
         return [
-            pixels if isinstance(pixels, Exception) else Chunk(pixels, part, *seconds, event, recache, *passes)
+            pixels if isinstance(pixels, Exception) else Chunk(pixels, part, *seconds, event, recache, *told)
             for pixels, part, event in made
         ]
 

@@ -6,26 +6,51 @@ from its noisy end (Self-Forcing, `utils/scheduler.py` and `pipeline/causal_infe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from cfengine.config import SamplerConfig
+from cfengine.config import EngineConfig, SamplerConfig
 from cfengine.errors import ConfigError
+from cfengine.memory.pages import near_slots
 
 LENGTH = 1000
+
+
+class Effort(NamedTuple):
+    """What a level of effort leaves of a chunk's denoise passes.
+
+    passes: places in `Schedule.warped`      near: whether they attend to the sink and the nearest slots alone
+    """
+
+    passes: tuple[int, ...]
+    near: bool = False
+
+
+def near_share(config: EngineConfig) -> float:
+    """What a pass that looks near alone costs of one that reads a full memory; 1.0 where it reads as much.
+
+    Multiply-adds of a token in a block: (6 dim + 2 ffn_dim) dim in its products, queries, keys, values and outputs of
+    both attentions and the feed-forward, and 2 dim for each token of each slot that it attends to. The prompt, the head
+    and the embeddings, about 1 % of a pass, are left out.
+    """
+    model, memory = config.model, config.memory
+    products, slot = 6 * model.dim + 2 * model.ffn_dim, 2 * config.page_tokens  # each times dim
+    return (products + near_slots(memory) * slot) / (products + memory.slots * slot)
 
 
 class Schedule:
     """Timesteps and noise levels of the passes of a chunk.
 
     sigmas, timesteps: (1000,) float32      warped: the timesteps at which a chunk is denoised
-    efforts: for each level of effort, full first, the passes that a chunk is made of, as places in `warped`
+    efforts: the levels of effort, full first
     costs: of a chunk at each level, in passes, the clean one counted, as a share of full effort
     """
 
-    def __init__(self, config: SamplerConfig, *, reduced: bool = True) -> None:
-        """reduced: with levels below full effort"""
+    def __init__(self, config: SamplerConfig, *, reduced: bool = True, near: float = 1.0) -> None:
+        """reduced: with levels below full effort      near: see `near_share`; at 1.0 no level looks near alone"""
         bad = [step for step in config.steps if not 0 < step <= LENGTH]
         if bad or not config.steps:
             raise ConfigError(
@@ -37,11 +62,14 @@ class Schedule:
         self.warped = [float(self.timesteps[LENGTH - step]) if config.warp else float(step) for step in config.steps]
         self.context_timestep = config.context_timestep
         self._levels: dict[float, float] = {}
-        self.efforts = self._reduced() if reduced else (tuple(range(len(config.steps))),)
-        self.costs = tuple((len(passes) + 1) / (len(config.steps) + 1) for passes in self.efforts)
+        full = Effort(tuple(range(len(config.steps))))
+        self.efforts = self._reduced(full, near < 1) if reduced else (full,)
+        self.costs = tuple(
+            (len(passes) * (near if is_near else 1) + 1) / (len(full.passes) + 1) for passes, is_near in self.efforts
+        )
 
-    def _reduced(self) -> tuple[tuple[int, ...], ...]:
-        """Levels of effort: each leaves out one more pass, until two are left.
+    def _reduced(self, full: Effort, near: bool) -> tuple[Effort, ...]:
+        """Levels of effort: each leaves out one more pass, until two are left; the last looks near alone besides.
 
         The first pass stays, for a chunk begins as noise alone, and so does the last, for nothing comes after it that
         could mend what it leaves. Of the others that one goes whose neighbours are nearest to one another in noise, so
@@ -50,14 +78,16 @@ class Schedule:
         that the model was trained at.
         A pass keeps its place in the full schedule at every level: the noise of pass i is that of step i, whatever was
         left out before it, so what a chunk shows is a function of its level and not of how the level came about.
+        Passes go before the window: one less saves a fifth of a chunk of four whatever the picture's size, and those
+        that stay see all that is remembered. What a smaller window saves depends on how much of a pass is attention,
+        and it takes from the chunk what a long memory is for.
         """
-        levels = [tuple(range(len(self.warped)))]
-        while len(levels[-1]) > 2:
-            left = levels[-1]
+        levels = [full]
+        while len(left := levels[-1].passes) > 2:
             noise = [self.sigma(self.warped[i]) for i in left]
             gone = min(range(1, len(left) - 1), key=lambda i: noise[i - 1] - noise[i + 1])
-            levels.append(left[:gone] + left[gone + 1 :])
-        return tuple(levels)
+            levels.append(Effort(left[:gone] + left[gone + 1 :]))
+        return (*levels, Effort(left, near=True)) if near else tuple(levels)
 
     def sigma(self, timestep: float) -> float:
         """Noise level of the nearest timestep."""

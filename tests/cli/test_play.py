@@ -82,6 +82,27 @@ def test_keys_steer_type_keep_and_go_back() -> None:
             player.close()
 
 
+def test_an_event_that_fails_is_said_and_the_stream_goes_on(toy_engine) -> None:
+    """Only this encoder finds that thirteen words are too many, beside the chunks."""
+    with toy_engine().session("a") as session:
+        player = Player(session)
+        try:
+            playing = player.playout
+            player.show("b " * 13)
+            assert player.prompt == "b " * 13 and not player.said
+            end = time.monotonic() + 120
+            while not player.said:
+                player.look()
+                assert time.monotonic() < end
+            assert "is dropped, the stream goes on" in player.said and player.prompt == "a"
+            player.show("c")
+            while (shown := player.look()) is None or shown.frame.last_event_id != 2:
+                assert time.monotonic() < end
+            assert player.playout is playing and player.prompt == "c" and not player.said
+        finally:
+            player.close()
+
+
 def test_without_a_display_it_says_how(monkeypatch) -> None:
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
         monkeypatch.delenv(name, raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from functools import partial
 
@@ -22,6 +23,7 @@ class InlineEvent:
         self.runtime, self.log, self.time, self.after = runtime, runtime.log, None, ""
 
     def record(self) -> None:
+        self.runtime.check_held()
         self.time, self.after = time.perf_counter(), self.runtime.queued[-1] if self.runtime.queued else ""
 
     def synchronize(self) -> None:
@@ -34,25 +36,31 @@ class InlineEvent:
 class InlineStream:
     """`waits` says after which work of another stream this one goes on."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, runtime: InlineRuntime) -> None:
+        self.name, self.runtime = name, runtime
         self.waits: list[str] = []
 
     def wait_event(self, event: InlineEvent) -> None:
+        self.runtime.check_held()
         assert event.time is not None, "a stream waits for what was never queued"
         self.waits.append(event.after)
 
     def synchronize(self) -> None:
-        pass
+        self.runtime.check_held()
 
 
 class InlineRuntime:
-    """What `CudaRuntime` does, at once and in order; `log` lists replays and waits."""
+    """What `CudaRuntime` does, at once and in order; `log` lists replays and waits.
+
+    It holds the lane to what keeps another thread's capture whole: whoever queues on a stream, or waits for it, is in
+    `on` with it.
+    """
 
     graphs = False
 
     def __init__(self) -> None:
-        self.compute, self.decoding = InlineStream("compute"), InlineStream("decoding")
+        self.compute, self.decoding = InlineStream("compute", self), InlineStream("decoding", self)
+        self._queue, self._holders = threading.RLock(), []
         self.log: list[str] = []
         self.queued: list[str] = []
         self.captured: list[str] = []
@@ -60,8 +68,17 @@ class InlineRuntime:
     def lend(self, tensor: torch.Tensor) -> None:
         pass
 
+    @contextlib.contextmanager
     def on(self, stream: InlineStream):
-        return contextlib.nullcontext()
+        with self._queue:
+            self._holders.append(threading.get_ident())
+            try:
+                yield
+            finally:
+                self._holders.pop()
+
+    def check_held(self) -> None:
+        assert self._holders and self._holders[-1] == threading.get_ident(), "a stream is used outside of `on`"
 
     def join(self) -> None:
         self.log.append("join")
@@ -79,7 +96,10 @@ class InlineRuntime:
         name = f"{work.func.__name__} {work.args[0]}" if isinstance(work, partial) else work.__name__
         self.captured.append(name)
 
+        self.check_held()
+
         def replay():
+            self.check_held()
             self.log.append(name)
             self.queued.append(name)
             return work()

@@ -126,12 +126,14 @@ def test_a_lane_that_fails_gives_back_its_pages_in_the_order_of_the_passes(devic
     """On the stream of the passes: the next session looks there for pages that are free."""
     engine, on, closed = device_engine(memory=SMALL, max_sessions=1), [None], []
     runtime, close = engine._runtime, Lease.close
+    held = runtime.on
 
     @contextmanager
     def queued(stream):
-        on.append(stream)
-        yield
-        on.pop()
+        with held(stream):
+            on.append(stream)
+            yield
+            on.pop()
 
     monkeypatch.setattr(runtime, "on", queued)
     monkeypatch.setattr(Lease, "close", lambda self: closed.append(on[-1]) or close(self))

@@ -133,7 +133,7 @@ def steps(policy: str):
         st.tuples(st.just("prompt"), st.sampled_from(PROMPTS), st.sampled_from(switches)),
         st.tuples(st.just("prime"), st.integers(0, 3)),
         st.tuples(st.just("reset"), st.sampled_from([None, 5])),
-        st.tuples(st.just("effort"), st.integers(0, 2)),
+        st.tuples(st.just("effort"), st.integers(0, 3)),
         st.tuples(st.just("detour"), st.sampled_from(DETOURS)),
     )
 

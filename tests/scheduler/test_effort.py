@@ -16,7 +16,8 @@ pytestmark = pytest.mark.cpu
 
 SMALL = MemoryConfig(slow=3)  # full after four chunks
 LANES = ["toy_engine", "device_engine"]
-LEVELS = (0, 2, 1, 2, 0, 1)  # of the chunks of a stream, in which each level follows another
+LEVELS = (0, 2, 1, 3, 3, 0, 2, 3, 1)  # of the chunks of a stream, in which each level follows another
+PASSES = (4, 3, 2, 2)  # at each level
 
 
 def pixels(frames) -> bytes:
@@ -43,9 +44,13 @@ def play(session, levels) -> list[bytes]:
 )
 def test_the_pass_that_is_missed_least_goes_first(steps, shift: float, expected: list) -> None:
     schedule = Schedule(SamplerConfig(steps=steps, shift=shift))
-    assert list(schedule.efforts) == expected
-    assert schedule.costs == pytest.approx([(len(passes) + 1) / (len(steps) + 1) for passes in expected])
-    assert Schedule(SamplerConfig(steps=steps), reduced=False).efforts == (tuple(range(len(steps))),)
+    costs = [(len(passes) + 1) / (len(steps) + 1) for passes in expected]
+    assert list(schedule.efforts) == [(passes, False) for passes in expected]
+    assert schedule.costs == pytest.approx(costs)
+    both = Schedule(SamplerConfig(steps=steps, shift=shift), near=0.7)
+    assert both.efforts == (*schedule.efforts, (expected[-1], True))
+    assert both.costs == pytest.approx([*costs, (0.7 * len(expected[-1]) + 1) / (len(steps) + 1)])
+    assert Schedule(SamplerConfig(steps=steps), reduced=False, near=0.7).efforts == (schedule.efforts[0],)
 
 
 def test_a_reduced_chunk_is_its_passes_with_their_own_noise(toy_engine) -> None:
@@ -79,10 +84,11 @@ def test_a_level_is_all_that_counts(request, lane: str) -> None:
     shown = []
     for _ in range(2):
         with engine.session("a b", seed=5) as session:
-            assert session.efforts == pytest.approx((1.0, 0.8, 0.6)) and session.effort == 0
+            assert session.efforts[:3] == pytest.approx((1.0, 0.8, 0.6)) and 0.2 < session.efforts[3] < 0.6
+            assert session.effort == 0
             shown.append(play(session, LEVELS))
             frame = session.next_chunk()[0]
-            assert (frame.timings.effort, frame.timings.passes) == (1, 3)
+            assert (frame.timings.effort, frame.timings.passes, frame.timings.near) == (1, 3, False)
     with engine.session("a b", seed=5) as session:
         full = play(session, [0] * len(LEVELS))
     assert shown[0] == shown[1] and full[0] == shown[0][0] and full[1] != shown[0][1]
@@ -95,17 +101,19 @@ def test_both_lanes_make_the_same(toy_engine, device_session) -> None:
             plain.effort = session.effort = level
             for one, two in zip(session.next_chunk(), plain.next_chunk(), strict=True):
                 assert np.abs(one.pixels.astype(int) - two.pixels).max() <= 1  # padded keys: other order of sums
-                assert one.timings.passes == two.timings.passes
+                assert one.timings.passes == two.timings.passes == PASSES[level]
+                assert one.timings.near == two.timings.near == (level == 3)
 
 
 def test_every_level_is_a_graph_of_its_own_where_asked_for(device_engine) -> None:
     engine = device_engine(efforts=True)
     with engine.session("a") as session:
         runtime = engine._runtime
-        assert runtime.captured == ["denoise", "clean", "denoise 1", "denoise 2", "first", "later"]
+        assert runtime.captured == ["denoise", "clean", "denoise 1", "denoise 2", "denoise 3", "first", "later"]
         runtime.log.clear()
-        play(session, [2, 0, 1])
-        assert [name for name in runtime.log if name.startswith("denoise")] == ["denoise 2", "denoise", "denoise 1"]
+        play(session, [2, 0, 3, 1])
+        replayed = [name for name in runtime.log if name.startswith("denoise")]
+        assert replayed == ["denoise 2", "denoise", "denoise 3", "denoise 1"]
     plain = device_engine()
     with plain.session("a") as session:
         assert plain._runtime.captured == ["denoise", "clean", "first", "later"] and session.efforts == (1.0,)
@@ -118,31 +126,32 @@ def test_a_batch_shares_the_passes_of_who_asks_for_the_most(request, lane: str) 
     engine = request.getfixturevalue(lane)(memory=SMALL, efforts=True)
     with engine.batch(["a", "b"]) as batch:
         one, two = batch.sessions
-        for levels, passes in (((2, 1), 3), ((2, 2), 2), ((0, 2), 4)):
+        for levels, shared in (((2, 1), 1), ((2, 2), 2), ((0, 2), 0), ((3, 3), 3), ((3, 2), 2)):
             one.effort, two.effort = levels
-            assert [frames[0].timings.passes for frames in batch.next_chunk()] == [passes, passes]
+            for frames in batch.next_chunk():
+                assert (frames[0].timings.effort, frames[0].timings.passes) == (shared, PASSES[shared])
 
 
 @pytest.mark.parametrize("lane", LANES)
 def test_it_is_part_of_a_snapshot(request, device_engine, lane: str) -> None:
     engine = request.getfixturevalue(lane)(memory=SMALL, efforts=True)
     with engine.session("a", seed=2) as session:
-        play(session, [0, 2])
+        play(session, [0, 0, 2, 3, 3])
         snapshot = session.snapshot()
         expected = pixels(session.next_chunk())
         session.effort = 0
         session.rewind(snapshot)
-        assert session.effort == 2 and pixels(session.next_chunk()) == expected
+        assert session.effort == 3 and pixels(session.next_chunk()) == expected
     with engine.resume(snapshot) as again:
-        assert again.effort == 2 and pixels(again.next_chunk()) == expected
-    with pytest.raises(SnapshotError, match=r"at effort 2 and this session has 1 level.*efforts=True"):
+        assert again.effort == 3 and pixels(again.next_chunk()) == expected
+    with pytest.raises(SnapshotError, match=r"at effort 3 and this session has 1 level.*efforts=True"):
         device_engine(memory=SMALL).resume(snapshot)
 
 
 def test_what_cannot_be_is_said(toy_engine) -> None:
     session = toy_engine().session("a")
-    for level in (-1, 3, 1.0, True, None):
-        with pytest.raises(ConfigError, match=r"effort is .* this session has 3 level"):
+    for level in (-1, 4, 1.0, True, None):
+        with pytest.raises(ConfigError, match=r"effort is .* this session has 4 level"):
             session.effort = level
     session.close()
     with pytest.raises(CFEngineError, match="session is closed"):
@@ -181,7 +190,7 @@ def test_the_small_world_degrades_under_load_and_comes_back() -> None:
             with Playout(slow, fps=16, lead=len(down_and_up), clock=lambda: slow.now) as play:
                 while len(slow.passes) < len(down_and_up) and play._thread.is_alive():
                     play._thread.join(0.05)
-            assert slow.passes == down_and_up and play._error is None
+            assert slow.passes == down_and_up and len(play._ready) == 9 + 12 * (len(down_and_up) - 1)  # and no error
             shown = pixels(session.next_chunk())
         with engine.session("pan right, meadow", seed=1) as session:
             for passes in down_and_up:

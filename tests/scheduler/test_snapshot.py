@@ -238,7 +238,7 @@ def test_a_hostile_file_is_refused_and_nothing_changed(toy_engine, tmp_path):
         for name in ("seed", "start", "index", "chunks", "effort"):
             for value in (-1, "1", None, 0.5, True):
                 refused("counters", about={name: value})
-        refused("effort 3 and this session has 3 level", about={"effort": 3})
+        refused("effort 4 and this session has 4 level", about={"effort": 4})
         for far in (2**40, 2**63):
             refused("memory.seen", about={"start": far})
         refused("director", about={"director": []})
