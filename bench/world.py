@@ -40,6 +40,8 @@ OTHERS = {
     "chunks_with_measurable_motion": "share",
     "hold_shift_p99": "pixel/frame",
     "landmarks_a_view": "landmarks",
+    "shapes_effective": "of 4 shapes",
+    "colours_effective": "of 5 colours",
 }
 PALETTE_LIMIT = 12.0  # mean levels that sky or ground may be off; neighbouring looks differ by 40 and more
 FIT = 0.8  # intersection over union with the template; the codec's own reconstructions reach 0.86 to 0.99
@@ -80,11 +82,12 @@ def follow(seen: list[measure.Seen], after: list[measure.Seen], shift: float) ->
     return right, views
 
 
-def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]) -> None:
-    """Stream from the prompt alone and collect what every chunk shows."""
+def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list], effort: int = 0) -> None:
+    """Stream from the prompt alone and collect what every chunk shows; effort: see `Session.effort`."""
     draw = np.random.default_rng([seed, 1])
     look, rates = world.random_look(draw), camera_script(chunks, draw)
     with engine.session(world.prompt_for(int(rates[0]), look), seed=seed) as session:
+        session.effort = effort
         video = stream(session, rates, look)
     ends = world.FIRST_CHUNK_VIDEO_FRAMES - 1 + world.CHUNK_VIDEO_FRAMES * np.arange(chunks)
     views = [measure.landmarks_in(video[end], look) for end in ends]
@@ -102,6 +105,8 @@ def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]
     totals["palette"] += [error <= PALETTE_LIMIT for error in errors]
     totals["palette_late"] += errors[-max(1, chunks // 10) :]
     totals["seen"] += [len(view) for view in views]
+    totals["shapes"] += [mark.shape for view in views for mark in view]
+    totals["colours"] += [mark.colour for view in views for mark in view]
     codec = engine.codec
     truth = world.render(world.random_scene(draw, look), world.camera_yaws(rates, world.random_yaw(draw)))
     again = codec.decoder().decode(codec.encoder().encode(truth))
@@ -110,7 +115,7 @@ def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]
     totals["sharp_late"].append((measure.gradient_energy(video[late]), measure.gradient_energy(again[late])))
 
 
-def measure_primed(engine: Engine, seed: int, totals: dict[str, list]) -> None:
+def measure_primed(engine: Engine, seed: int, totals: dict[str, list], effort: int = 0) -> None:
     """Continue a true video and look for the landmarks that were whole at its end and must still be in view."""
     draw = np.random.default_rng([seed, 2])
     scene = world.random_scene(draw)
@@ -120,6 +125,7 @@ def measure_primed(engine: Engine, seed: int, totals: dict[str, list]) -> None:
     primed = world.FIRST_CHUNK_VIDEO_FRAMES + world.CHUNK_VIDEO_FRAMES * (PRIMED_CHUNKS - 1)
     latents = engine.codec.encoder().encode(world.render(scene, yaws[:primed]))
     with engine.session(world.prompt_for(before, scene.look), seed=seed, latents=latents) as session:
+        session.effort = effort
         video = stream(session, rates[PRIMED_CHUNKS:], scene.look)
     known = [
         measure.Seen(centre, mark.shape, mark.colour, 1.0)
@@ -137,24 +143,34 @@ def share(pairs: list[tuple[float, float]]) -> float:
     return float(sum(a for a, _ in pairs) / max(1e-9, sum(b for _, b in pairs)))
 
 
-def collect(engine: Engine, seeds: Iterable[int], seconds: float, say=lambda text: None) -> dict[str, list]:
+def effective(kinds: list[str]) -> float:
+    """How many kinds there are, each counted by its share: exp(entropy), 1 where all are one kind, 0 for none."""
+    if not kinds:
+        return 0.0
+    shares = np.unique(kinds, return_counts=True)[1] / len(kinds)
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def collect(
+    engine: Engine, seeds: Iterable[int], seconds: float, say=lambda text: None, effort: int = 0
+) -> dict[str, list]:
     """Everything that is counted over `seeds`: name -> one entry a view, chunk or session."""
     totals: dict[str, list] = defaultdict(list)
     chunks = max(3, round(seconds / CHUNK_SECONDS))
     with torch.inference_mode():
         for seed in seeds:
-            measure_free(engine, seed, chunks, totals)
-            measure_primed(engine, seed, totals)
+            measure_free(engine, seed, chunks, totals, effort)
+            measure_primed(engine, seed, totals, effort)
             shares = {name: share(totals[name]) for name in ("landmarks", "primed", "sharp")}
             words = ", ".join(f"{name} {value:.3f}" for name, value in shares.items())
             say(f"seed {seed}: so far pans {np.mean(totals['pan'] or [1]):.3f}, {words}")
     return dict(totals)
 
 
-def collect_alone(seeds: list[int], seconds: float, model: str) -> dict[str, list]:
+def collect_alone(seeds: list[int], seconds: float, model: str, effort: int) -> dict[str, list]:
     """`collect` in a process of one thread with its own engine."""
     with Engine.from_pretrained(model, threads=1) as engine:
-        return collect(engine, seeds, seconds, say)
+        return collect(engine, seeds, seconds, say, effort)
 
 
 def say(text: str) -> None:
@@ -176,6 +192,8 @@ def summary(totals: dict[str, list]) -> dict[str, float]:
         "chunks_with_measurable_motion": float(np.mean(totals["measured"])),
         "hold_shift_p99": float(np.percentile(totals.get("hold", [np.inf]), 99)),
         "landmarks_a_view": float(np.mean(totals["seen"])),
+        "shapes_effective": effective(totals.get("shapes", [])),
+        "colours_effective": effective(totals.get("colours", [])),
     }
 
 
@@ -209,25 +227,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--effort", type=int, default=0, help="level of effort of every chunk; default: 0, full")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     try:
-        with Engine.from_pretrained(options.model, threads=1):
-            pass  # a name that is none is said here, and not by every process
+        with Engine.from_pretrained(options.model, threads=1) as engine, engine.session("hold") as session:
+            session.effort = options.effort  # a name or a level that is none is said here, and not by every process
     except CFEngineError as error:
         say(f"error: {error}")
         return 1
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         parts = [seeds[i :: options.processes] for i in range(options.processes)]
-        done = list(pool.map(partial(collect_alone, model=options.model), parts, [options.seconds] * len(parts)))
+        alone = partial(collect_alone, seconds=options.seconds, model=options.model, effort=options.effort)
+        done = list(pool.map(alone, parts))
     names = {name for part in done for name in part}
     values = summary({name: [entry for part in done for entry in part.get(name, [])] for name in names})
     for name, value in values.items():
         sys.stdout.write(f"{name:32s} {value:8.3f}\n")
     if options.json:
         config = {"model": options.model, "seeds": options.seeds, "seconds": options.seconds}
+        config["effort"] = options.effort
         write(options.json, records(values, config))
     problems = missed(values)
     for sentence in problems:

@@ -27,6 +27,7 @@ from cfengine.export.graphs import OPSET
 from cfengine.export.recipe import RECIPE
 from cfengine.model.dit import CausalDiT, CrossCache
 from cfengine.ops import Ops
+from cfengine.scheduler.graphs import CudaRuntime
 from cfengine.segments.choice import fastest
 from cfengine.segments.exported import SEGMENTS, GraphSegments
 from cfengine.segments.manifest import NAME as MANIFEST
@@ -207,22 +208,23 @@ def pass_seconds(segments: Any, config: EngineConfig, model: CausalDiT, rounds: 
     if device.type != "cuda":
         run()
         return median(_clock(run) for _ in range(rounds))
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # on which the operands were made
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    graph.replay()
-
-    def replay() -> None:
+    with CudaRuntime.apart:  # another engine may capture its graphs meanwhile
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # on which the operands were made
+        with torch.cuda.stream(stream):
+            run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
         graph.replay()
-        torch.cuda.synchronize(device)
 
-    torch.cuda.synchronize(device)
-    return median(_clock(replay) for _ in range(rounds))
+        def replay() -> None:
+            graph.replay()
+            torch.cuda.synchronize(device)
+
+        torch.cuda.synchronize(device)
+        return median(_clock(replay) for _ in range(rounds))
 
 
 def one_pass(segments: Any, config: EngineConfig, model: CausalDiT) -> Callable[[], Tensor]:

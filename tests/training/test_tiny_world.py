@@ -58,3 +58,9 @@ def test_a_frozen_video_would_fail() -> None:
     assert bench.follow(seen, [measure.Seen(32.0, "ball", "red", 0.5)], 16) == (0, 1)
     assert bench.follow(seen, [], 16) == (0, 1)
     assert bench.follow(seen, [], 48) == (0, 0)
+
+
+def test_how_many_kinds_there_are() -> None:
+    assert bench.effective([]) == 0 and bench.effective(["ball"] * 5) == 1
+    assert bench.effective(["ball", "cone", "arch", "tower"] * 3) == pytest.approx(4)
+    assert 1 < bench.effective(["ball"] * 9 + ["cone"]) < 1.5
