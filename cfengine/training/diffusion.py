@@ -8,7 +8,7 @@ its chunks before can be their context.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,14 @@ RECYCLED = 0.2  # share of the training after which errors are recycled; before 
 
 
 def sampler_sigmas(sampler: SamplerConfig = TAUGHT) -> Tensor:
-    """Noise levels of the denoise passes: shift * u / (1 + (shift - 1) u) at u = step / 1000."""
-    u = torch.tensor(sampler.steps, dtype=torch.float64) / 1000
-    return (sampler.shift * u / (1 + (sampler.shift - 1) * u)).float()
+    """Noise levels of the denoise passes."""
+    return levels_of(sampler.steps, sampler.shift)
+
+
+def levels_of(steps: Sequence[int], shift: float) -> Tensor:
+    """Noise levels of steps of 1000: shift * u / (1 + (shift - 1) u) at u = step / 1000."""
+    u = torch.tensor(steps, dtype=torch.float64) / 1000
+    return (shift * u / (1 + (shift - 1) * u)).float()
 
 
 def draw_sigmas(shape: tuple[int, ...], levels: Tensor, draw: np.random.Generator) -> Tensor:

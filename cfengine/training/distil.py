@@ -183,13 +183,13 @@ class Distillation:
         gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned)
         (x0 * gradient).mean().backward()
         measures = {"gradient": number(gradient.abs().mean())}
-        redrawn = None
+        whole = None
         if anchored:
-            last, held = self.redrawn(own, truth, shown, draw)
+            last, held = redrawn(student, self.levels, own, truth, shown, draw)
             anchor = (last - truth).square().mean()
             (settings.anchor * (anchor + held)).backward()
-            redrawn, measures["anchor"] = latents.clone(), number(anchor)
-            redrawn[:, judged] = last.detach()
+            whole, measures["anchor"] = latents.clone(), number(anchor)
+            whole[:, judged] = last.detach()
             if batch.yaws is not None:
                 measures["held"] = number(held)
         self.student.advance()
@@ -198,33 +198,34 @@ class Distillation:
             loss.backward()
             self.critic.advance(settings.critic_pace * rate)
         measures["critic"] = number(loss)
-        return Made(final[0], redrawn, measures)
+        return Made(final[0], whole, measures)
 
     def judged(self, chunks: int, draw: np.random.Generator) -> tuple[int, int]:
         """First and number of the chunks that are judged."""
         count = min(self.settings.window or chunks, chunks)
         return (int(draw.integers(chunks - count + 1)) if count < chunks else 0), count
 
-    def redrawn(
-        self, own: Context, truth: Tensor, shown: Tensor | None, draw: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """True chunks (B, C, ...) as the student's last pass redraws them, and how far off a pass before is where the
-        context shows what to draw; both carry the gradient.
 
-        shown: as `shown_columns`; None: nobody knows
-        """
-        sigma = self.levels[-1].expand(1, *truth.shape[:2])
-        if shown is not None:
-            earlier = self.levels[torch.from_numpy(draw.integers(len(self.levels) - 1, size=truth.shape[:2]))]
-            sigma = torch.cat([sigma, earlier[None]])
-        sigma = sigma.to(truth.device)
-        noise = torch.randn(len(sigma), *truth.shape, device=truth.device)
-        noisy = (1 - spread(sigma)) * truth + spread(sigma) * noise
-        x0 = noisy - spread(sigma) * guess(self.student.world, own, noisy, sigma, grad=True)
-        if shown is None:
-            return x0[0], truth.new_zeros(())
-        mask = shown[:, :, :, None, None].expand_as(truth)
-        return x0[0], ((x0[1] - truth).square() * mask).sum() / mask.sum().clamp(min=1)
+def redrawn(
+    student: World, levels: Tensor, own: Context, truth: Tensor, shown: Tensor | None, draw: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """True chunks (B, C, ...) as the student's last pass redraws them, and how far off a pass before is where the
+    context shows what to draw; both carry the gradient.
+
+    levels: of the student's passes      shown: as `shown_columns`; None: nobody knows
+    """
+    sigma = levels[-1].expand(1, *truth.shape[:2])
+    if shown is not None:
+        earlier = levels[torch.from_numpy(draw.integers(len(levels) - 1, size=truth.shape[:2]))]
+        sigma = torch.cat([sigma, earlier[None]])
+    sigma = sigma.to(truth.device)
+    noise = torch.randn(len(sigma), *truth.shape, device=truth.device)
+    noisy = (1 - spread(sigma)) * truth + spread(sigma) * noise
+    x0 = noisy - spread(sigma) * guess(student, own, noisy, sigma, grad=True)
+    if shown is None:
+        return x0[0], truth.new_zeros(())
+    mask = shown[:, :, :, None, None].expand_as(truth)
+    return x0[0], ((x0[1] - truth).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
 def shown_in(context: Context, yaws: Tensor | None, first: int) -> tuple[Tensor | None, Tensor | None]:
@@ -273,6 +274,18 @@ def roll_out(student: World, config: EngineConfig, ops: Ops, batch: Batch, given
     return torch.stack(parts, 1)
 
 
+def own_past(
+    student: World, config: EngineConfig, ops: Ops, batch: Batch, share: float, draw: np.random.Generator
+) -> Tensor:
+    """A rollout (B, C, ...); with a probability of `share` it goes on from true chunks, up to half of them."""
+    chunks = batch.latents.shape[1]
+    given = int(draw.integers(1, max(2, chunks // 2 + 1))) if draw.random() < share else 0
+    seeds = draw.integers(2**62, size=len(batch.latents)).tolist()
+    with torch.inference_mode():
+        latents = roll_out(student, config, ops, batch, given, seeds)
+    return latents.clone()  # no longer an inference tensor
+
+
 def train_distil(
     out: Path,
     teacher: World,
@@ -298,13 +311,7 @@ def train_distil(
         batch = source.draw(settings.sessions(chunks), chunks, draw, shuttles=settings.shuttles).on(device)
         alone = common.random() < settings.alone
         truth = corrupt(batch.latents, None, draw)
-        latents = truth
-        if alone:
-            given = int(draw.integers(1, max(2, chunks // 2 + 1))) if draw.random() < settings.given else 0
-            seeds = draw.integers(2**62, size=len(batch.latents)).tolist()
-            with torch.inference_mode():
-                latents = roll_out(progress.world, config, ops, batch, given, seeds)
-            latents = latents.clone()  # no longer an inference tensor
+        latents = own_past(progress.world, config, ops, batch, settings.given, draw) if alone else truth
         for _ in range(settings.turns):
             graded = int(common.integers(len(work.levels)))
             made = work.step(batch, latents, graded, draw, anchored=not alone)

@@ -1,4 +1,6 @@
-"""The recipe: codec, strips of latents, flow matching and lookup make the teacher; distillation makes the student."""
+"""The recipe: codec, strips of latents, flow matching and lookup make the teacher; distillation makes the student, and
+more of its own passes polish it.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,12 @@ from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
 from cfengine.training.lookup import train_lookup
 from cfengine.training.parallel import in_processes, own_device, rank, wait
+from cfengine.training.polish import train_polish
 from cfengine.training.settings import Settings
 from cfengine.training.state import World
 
 TEACHER = ("preset", "model", "memory", "data", "codec", "teacher", "lookup")  # settings that make one
-STUDENT = ("preset", "model", "memory", "student")
+STUDENT = ("preset", "model", "memory", "student", "polish")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +162,27 @@ def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
         train_distil(state, begun, before, run.config, source_of(run, teacher), run.seed + own, settings, log)
 
 
+def _polishing(run: Run, state: Path, teacher: Path) -> None:
+    """The polish, in one process."""
+    with run.log as log:
+        begun = distilled(run).to(own_device(run.device))
+        settings, source = run.settings, source_of(run, teacher)
+        train_polish(state, begun, run.config, source, run.seed + 6, settings.polish, settings.student, log)
+
+
+def distilled(run: Run) -> World:
+    """The mean of the students."""
+    return mean_of([averaged(run.out / f"student{own}.state", run.config)[0] for own in run.settings.student.seeds])
+
+
+def finished(run: Run) -> World:
+    """The mean of the students, moved towards what polishing made of it."""
+    world, polish = distilled(run), run.settings.polish
+    if not polish.steps:
+        return world
+    return mean_of([world, averaged(run.out / "polish.state", run.config)[0]], [1 - polish.blend, polish.blend])
+
+
 def teacher_state(folder: Path, settings: Settings) -> Path:
     """The last state of a teacher."""
     return folder / ("lookup.state" if settings.lookup.steps else "dit.state")
@@ -193,22 +217,25 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
         settings.check_batch("student", settings.sessions(chunks), run.processes)
     for own in settings.seeds:
         _stage(run, run.out / f"student{own}.state", settings.steps, _distillation, teacher, own)
+    if run.settings.polish.steps:
+        _stage(run, run.out / "polish.state", run.settings.polish.steps, _polishing, teacher)
     weights = run.out / "weights"
     if rank() == 0:
-        students = [averaged(run.out / f"student{own}.state", run.config)[0] for own in settings.seeds]
-        write_weights(mean_of(students), weights, run.config, teacher / "refined.safetensors")
+        write_weights(finished(run), weights, run.config, teacher / "refined.safetensors")
     wait()
     return weights
 
 
-def mean_of(worlds: list[World]) -> World:
+def mean_of(worlds: list[World], shares: list[float] | None = None) -> World:
     """The mean of the weights of students of one teacher, which lie close enough for it to be a student too.
 
-    Wortsman et al., arXiv 2203.05482, average fine-tuned models so.
+    shares: of each in it; None: equal ones.  Wortsman et al., arXiv 2203.05482, average fine-tuned models so.
     """
     mean = copy.deepcopy(worlds[0])
     for parts in zip(mean.parameters(), *(world.parameters() for world in worlds), strict=True):
-        parts[0].copy_(torch.stack(parts[1:]).mean(0))
+        each = torch.stack(parts[1:])
+        weights = torch.full((len(worlds),), 1 / len(worlds)) if shares is None else torch.tensor(shares)
+        parts[0].copy_(torch.tensordot(weights.to(each), each, dims=1))
     return mean
 
 

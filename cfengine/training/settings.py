@@ -167,6 +167,34 @@ class Student(Descent):
 
 
 @dataclass(frozen=True)
+class Polish(Descent):
+    """The last passes learn from more of the student's own; see `cfengine.training.polish`."""
+
+    steps: int = 0
+    peak: float = 2e-4
+    warm: int = 20
+    decay: float = 0.98
+    passes: tuple[int, ...] = (350, 280, 220, 180, 150, 110, 80)  # of the teacher, as sampler steps
+    shares: tuple[float, ...] = (0.1, 0.15, 0.4, 0.35)  # how often each of the student's passes is in a step
+    held: int = 2  # passes that only keep what they answer: in them a landmark is chosen
+    first: float = 0.5  # share of batches whose sessions are their first chunk alone
+    far: float = 0.1  # share of batches with sessions as long as those of the student's stage 2
+    blend: float = 0.67  # how far the weights go from the student to the polished one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(a > b for a, b in zip((1001, *self.passes), (*self.passes, 0), strict=True)):
+            raise ConfigError(f"polish.passes are {self.passes}; they fall from at most 1000 to above 0")
+        if min(self.first, self.far) < 0 or self.first + self.far > 1 or not 0 < self.blend <= 1:
+            raise ConfigError(
+                f"polish.first, far and blend are {self.first}, {self.far} and {self.blend}; they are shares, "
+                "the first two of one whole, and the last above 0"
+            )
+        if min(self.shares, default=-1) < 0 or not 0.999 < sum(self.shares) < 1.001:
+            raise ConfigError(f"polish.shares are {self.shares}; they are shares of one whole, one for each pass")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A short look at the trained model: `cfengine.bench.world` and `cfengine.bench.recall` in little."""
 
@@ -188,11 +216,15 @@ class Settings:
     teacher: Teacher = Teacher()
     lookup: Lookup = Lookup()
     student: Student = Student()
+    polish: Polish = Polish()
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
         for title, changes in (("memory", self.memory), ("student.judges", self.student.judges)):
             check_rule(title, dataclasses.replace(self.config.memory, **changes))
+        passes = len(self.config.sampler.steps)
+        if self.polish.steps and len(self.polish.shares) != passes:
+            raise ConfigError(f"polish.shares are {len(self.polish.shares)}, and the sampler has {passes} passes")
         if self.data.source == "clips" and self.lookup.steps:
             raise ConfigError(f"lookup.steps is {self.lookup.steps}; clips have no geometry to look up: set 0")
         if self.data.source == "world" and self.config.text != "tiny_world":
@@ -215,7 +247,7 @@ class Settings:
     def scaled(self, factor: float) -> Settings:
         """The same with every number of steps times `factor`, at least one where there were any."""
         changes = {}
-        for name in ("codec", "teacher", "lookup", "student"):
+        for name in ("codec", "teacher", "lookup", "student", "polish"):
             part = getattr(self, name)
             steps = {key: value for key, value in vars(part).items() if key in ("steps", "decoder_steps")}
             steps = {key: value and max(1, round(value * factor)) for key, value in steps.items()}

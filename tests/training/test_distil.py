@@ -158,7 +158,9 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
         shown, _ = distil.shown_in(own, yaws, 0)
         assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
         assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
-        last, held = work.redrawn(own, given.latents, shown, np.random.default_rng(0))
+        last, held = distil.redrawn(
+            work.student.world, work.levels, own, given.latents, shown, np.random.default_rng(0)
+        )
         assert last.requires_grad and (held > 0) == known
 
 

@@ -28,6 +28,7 @@ codec = {steps = 1, decoder_steps = 1}
 teacher = {steps = 2, lengths = [[2, 1, 1.0, 1.0]]}
 lookup = {steps = 1}
 student = {steps = 2, turns = 2, seeds = [1, 2], short = [2, 2], long = [2, 2, 2]}
+polish = {steps = 4, passes = [500], blend = 0.75}
 evaluation = {seeds = 1, seconds = 2.25, scenes = 1, times = [2.0]}
 """
 
@@ -36,6 +37,7 @@ def test_the_mean_of_students() -> None:
     first, second = World(MODEL).requires_grad_(False), World(MODEL).requires_grad_(False)
     mean = mean_of([first, second])
     torch.testing.assert_close(mean.table, (first.table + second.table) / 2)
+    torch.testing.assert_close(mean_of([first, second], [0.9, 0.1]).table, 0.9 * first.table + 0.1 * second.table)
     assert not torch.equal(first.table, mean.table)
 
 
@@ -59,12 +61,15 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
     assert main(["train", *given]) == 0
     assert (out / "log.jsonl").read_text() == log
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.state")} == states
-    assert {path.name for path in states} >= {"dit.state", "lookup.state", "student2.state"}
+    assert {path.name for path in states} >= {"dit.state", "lookup.state", "student2.state", "polish.state"}
     assert {json.loads(line)["stage"] for line in log.splitlines()} >= {"codec", "decoder"}
     assert (out / "curves.png").stat().st_size > 1000
     settings = read(str(config))
     students = [averaged(out / f"student{own}.state", settings.config)[0] for own in (1, 2)]
-    expected = mean_of(students).dit.patch_embedding.weight.half()
+    far = averaged(out / "polish.state", settings.config)[0].dit.patch_embedding.weight
+    near = mean_of(students).dit.patch_embedding.weight
+    assert not torch.equal(far, near)
+    expected = (0.25 * near + 0.75 * far).half()
     assert torch.equal(load_file(out / "weights" / "dit.safetensors")["patch_embedding.weight"], expected)
     names = {record["name"] for record in json.loads((out / "evaluation.json").read_text())}
     assert {"sharpness", "recall_seconds_slow_fast_paper"} <= names

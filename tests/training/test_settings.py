@@ -76,9 +76,28 @@ def test_changes_on_the_command_line() -> None:
         read("huge-world")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("passes", "[1000, 500, 500]"),
+        ("passes", "[1200, 500]"),
+        ("passes", "[500, 0]"),
+        ("first", "0.95"),
+        ("far", "-0.1"),
+        ("blend", "0.0"),
+        ("shares", "[0.5, 0.5, 0.5, 0.5]"),
+        ("shares", "[0.5, 0.5]"),
+    ],
+)
+def test_a_polish_that_is_none(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"polish\..*{key}"):
+        read("tiny-world", [f"polish.{key}={value}"])
+
+
 def test_scaled_steps() -> None:
     small = Settings("tiny-world").scaled(0.001)
     assert (small.codec.steps, small.codec.decoder_steps, small.teacher.steps, small.lookup.steps) == (2, 1, 3, 2)
+    assert read("tiny-world").scaled(0.1).polish.steps == read("tiny-world").polish.steps / 10
     assert read("wan2.1-t2v-1.3b").scaled(0.5).lookup.steps == 0
 
 
