@@ -18,7 +18,7 @@ help:
 	@echo "make demo      install into .venv, turn a prompt into out.mp4"
 	@echo "make test      install the test extra, run the tests, replay the recorded traces"
 	@echo "make test-all  the same with the slow tests"
-	@echo "make test-hosts  test the sample programs in C and C#; needs packages of the system, see .ci/run"
+	@echo "make test-hosts  test the sample programs in C and C#, and the client for Windows; needs packages of the system, see .ci/run"
 	@echo "make replay    replay the recorded traces with every implementation present"
 	@echo "make lint      check the style of the sources"
 	@echo "make clean     remove build output; .venv stays"

@@ -1,4 +1,4 @@
-/* Everything that the ring asks of the operating system. shm_posix.c and shm_windows.c (not built in CI) answer. */
+/* Everything that the ring asks of the operating system. shm_posix.c and shm_windows.c answer. */
 #ifndef CF_OS_H
 #define CF_OS_H
 
@@ -46,7 +46,9 @@ cf_os_process cf_os_self(void);
 /* A process with this pid, and of this start time under the mask, lives. Only for pids of this process's own space. */
 bool cf_os_alive(uint32_t pid, uint64_t start, uint64_t mask);
 
+/* A clock that only goes on, and the time of day. */
 int64_t cf_os_now_ns(void);
+uint64_t cf_os_time_ns(void);
 
 /* Sleep until cf_os_wake(word), at most `ns`, unless *word is no longer `seen`. May return early. */
 void cf_os_wait(const _Atomic uint32_t* word, uint32_t seen, int64_t ns);

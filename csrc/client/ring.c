@@ -96,8 +96,8 @@ static const char* wrong_field(const cf_ring_layout* ring, uint64_t mapped) {
 
 cf_result cf_ring_check(const char* name, const cf_ring_header* header, uint64_t mapped_size, cf_ring_layout* layout) {
     if (mapped_size < sizeof *header)
-        return cf_fail(CF_ERROR_BAD_RING, "ring %s: %llu bytes cannot hold a header of %zu; start its writer again",
-                       name, (unsigned long long)mapped_size, sizeof *header);
+        return cf_fail(CF_ERROR_BAD_RING, "ring %s: %llu bytes cannot hold a header of %llu; start its writer again",
+                       name, (unsigned long long)mapped_size, (unsigned long long)sizeof *header);
     const uint64_t magic = atomic_load_explicit(&header->magic, memory_order_acquire);
     if (magic == 0) return CF_NOT_READY;
     if (magic != CF_RING_MAGIC)

@@ -180,6 +180,12 @@ int64_t cf_os_now_ns(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+uint64_t cf_os_time_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
 static void nap(int64_t ns) {
     const struct timespec time = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
     nanosleep(&time, NULL);

@@ -1,5 +1,5 @@
-/* The same as shm_posix.c for Windows. Written against the documented interface and NOT built in CI: whoever ports the
- * client starts here. Needs C11 atomics (clang-cl, or cl /std:c11 /experimental:c11atomics) and Windows 8 or later.
+/* The same as shm_posix.c for Windows. CI builds it with mingw-w64 and runs it under Wine; no Windows has run it. Needs
+ * C11 atomics (mingw, clang-cl, or cl /std:c11 /experimental:c11atomics) and Windows 8 or later.
  *
  * A named section lives as long as anybody has it open, so its name cannot pass to the successor of a dead writer while
  * a reader maps it. Therefore a ring is a section over a file, %LOCALAPPDATA%\cfengine\NAME.ring: a file that is mapped
@@ -172,6 +172,12 @@ int64_t cf_os_now_ns(void) {
     QueryPerformanceCounter(&ticks);
     QueryPerformanceFrequency(&rate);
     return ticks.QuadPart / rate.QuadPart * 1000000000 + ticks.QuadPart % rate.QuadPart * 1000000000 / rate.QuadPart;
+}
+
+uint64_t cf_os_time_ns(void) {
+    FILETIME now;
+    GetSystemTimePreciseAsFileTime(&now);
+    return ((uint64_t)now.dwHighDateTime << 32 | now.dwLowDateTime) * 100;
 }
 
 void cf_os_wait(const _Atomic uint32_t* word, uint32_t seen, int64_t ns) {

@@ -3,7 +3,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "error.h"
 #include "evict.h"
@@ -31,13 +30,6 @@ struct cf_writer {
     cf_taken_event event;
     _Atomic uint64_t published, revoked, refused;
 };
-
-/* A number that no other writer of this name had: the time of day in nanoseconds. */
-static uint64_t new_generation(void) {
-    struct timespec now;
-    timespec_get(&now, TIME_UTC);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 static cf_result create_object(cf_writer* writer) {
     cf_result result = CF_ERROR_BUSY;
@@ -85,7 +77,7 @@ cf_result cf_writer_create(const cf_writer_info* info, cf_writer** out) {
     writer->object.handle = -1;
     writer->newest_slot = writer->open_slot = NO_SLOT;
     writer->layout = (cf_ring_layout){
-        .generation = new_generation(),
+        .generation = cf_os_time_ns(), /* no other writer of this name had it */
         .slot_count = info->slots,
         .lease_count = info->readers,
         .queue_count = info->events,
