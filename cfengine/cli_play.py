@@ -89,6 +89,8 @@ class Player:
     def __init__(self, session: Session) -> None:
         self.session, self.seed = session, session.seed
         self.prompt = self.first = session.prompt
+        self.asked = 0  # number of the event that asked for the prompt
+        self.efforts = session.efforts  # which a closed session no longer tells
         self.kept: Moment | None = None
         self.typed: str | None = None  # the line that is being typed
         self.paused = self.over = False
@@ -134,29 +136,31 @@ class Player:
 
     def show(self, prompt: str) -> None:
         """Change the prompt."""
-        if self._tell(Prompt(prompt)):
-            self.prompt = prompt
+        if number := self._tell(Prompt(prompt)):
+            self.prompt, self.asked = prompt, number
 
-    def _tell(self, event: Event) -> bool:
-        """Push an event; what is wrong with it is said in the title."""
+    def _tell(self, event: Event) -> int:
+        """Push an event; its number, or 0 where something is wrong with it, which the title says."""
         try:
-            self.session.push(event)
-            self.said = ""
+            number, self.said = self.session.push(event), ""
         except CFEngineError as error:
-            self.said = str(error)
-        return not self.said
+            number, self.said = 0, str(error)
+        return number
 
     def _stopped(self, work) -> None:
         """Do something with the session that its playout must not run beside."""
-        self.playout.close()
+        untold = self.playout.close()
+        for error in untold:
+            self._failed(error)
         work()
+        self.said = "; ".join([*map(str, untold), self.said])
         self.playout = self._play()
 
     def _keep(self) -> None:
         self.kept, self.said = (self.prompt, self.session.snapshot()), "kept; b goes back here"
 
     def _go_to(self, moment: Moment) -> None:
-        self.prompt, snapshot = moment
+        (self.prompt, snapshot), self.asked = moment, 0
         self.session.rewind(snapshot)
         self.seed, self.said = self.session.seed, "back"
 
@@ -167,15 +171,20 @@ class Player:
         try:
             shown = self.playout.at()
         except CFEngineError as error:
-            if error.event_id is None:
-                raise
-            self.said = str(error)
-            with suppress(CFEngineError):  # one that closed the session since: the next look says it
-                self.prompt = self.session.prompt
+            self._failed(error)
             return None
         for receipt in shown.frame.timings.events if shown else ():
             self.latency = receipt.latency
         return shown
+
+    def _failed(self, error: BaseException) -> None:
+        """Say what became of an event; any other error is raised."""
+        if getattr(error, "event_id", None) is None:
+            raise error
+        self.said = str(error)
+        with suppress(CFEngineError):  # one that closed the session since: the next look says it
+            if error.event_id >= self.asked:  # no later prompt is on its way
+                self.prompt = self.session.prompt
 
     @property
     def title(self) -> str:
@@ -184,7 +193,7 @@ class Player:
         stats = self.playout.stats()
         state = "paused" if self.paused else f"key to frame {1e3 * self.latency:.0f} ms, {stats.missed} missed"
         if stats.level:
-            state += f", effort {100 * self.session.efforts[stats.level]:.0f} %"
+            state += f", effort {100 * self.efforts[stats.level]:.0f} %"
         return f"{self.prompt}  ({state})  {self.said}"
 
     def close(self) -> None:

@@ -256,10 +256,14 @@ class Playout:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Stop once the chunk in the making is done; the source is the caller's again. Harmless twice."""
+    def close(self) -> list[BaseException]:
+        """Stop once the chunk in the making is done; the source is the caller's again. Harmless twice.
+
+        -> errors that the display was not told
+        """
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        return [item for item in self._ready if isinstance(item, BaseException)]

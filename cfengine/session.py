@@ -189,7 +189,7 @@ class Session:
         if about["effort"] >= len(self.efforts):
             raise SnapshotError(
                 f"the snapshot was taken at effort {about['effort']} and this session has {len(self.efforts)} level(s) "
-                "from 0, which is full; load the engine with efforts=True"
+                "from 0, which is full; on a GPU, load the engine with efforts=True"
             )
         self._director.restore(about["director"])
         with self._closing_on_error():

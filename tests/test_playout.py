@@ -226,6 +226,14 @@ def test_an_error_before_the_first_frame_is_told_and_another_ends_it(source) -> 
         assert play.at() is None and play.stats().ready == 0
 
 
+def test_what_nobody_was_told_is_the_callers_at_the_end(source) -> None:
+    play = Playout(source, fps=10, clock=Clock()).__enter__()
+    source.errors = [dropped(1)]
+    source.allowed.release()
+    let(source, play)
+    assert [error.event_id for error in play.close()] == [1]
+
+
 def test_errors_wait_for_a_display_as_chunks_do(source) -> None:
     clock = Clock()
     with Playout(source, fps=10, clock=clock) as play:

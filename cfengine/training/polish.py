@@ -17,7 +17,7 @@ costs half of one there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,11 @@ class Polishing:
         return last, measures
 
 
+def chosen(draw: np.random.Generator, shares: Sequence[float]) -> int:
+    """A place in `shares`, as often as it says."""
+    return int(draw.choice(len(shares), p=np.asarray(shares) / sum(shares)))
+
+
 def train_polish(
     out: Path,
     student: World,
@@ -112,7 +117,7 @@ def train_polish(
     progress.resume(out)
     while progress.step < settings.steps:
         common, draw = draws(seed, progress.step)
-        kind = common.choice(3, p=(settings.first, 1 - settings.first - settings.far, settings.far))
+        kind = chosen(common, (settings.first, max(0.0, 1 - settings.first - settings.far), settings.far))
         least, most = ((1, 1), batches.short, (batches.long[0], batches.long[-1]))[kind]
         chunks = int(common.integers(least, most + 1))
         batch = source.draw(batches.sessions(chunks), chunks, draw, shuttles=batches.shuttles).on(device)
@@ -120,7 +125,7 @@ def train_polish(
         truth = corrupt(batch.latents, None, draw)
         latents = own_past(progress.world, config, ops, batch, batches.given, draw) if alone else truth
         for _ in range(batches.turns):
-            place = int(common.choice(len(settings.shares), p=settings.shares))
+            place = chosen(common, settings.shares)
             made, measures = work.step(batch, latents, place, draw, anchored=kind > 0 and not alone)
             if made is not None:
                 latents = corrupt(truth, made, draw)

@@ -192,6 +192,8 @@ class Polish(Descent):
             )
         if min(self.shares, default=-1) < 0 or not 0.999 < sum(self.shares) < 1.001:
             raise ConfigError(f"polish.shares are {self.shares}; they are shares of one whole, one for each pass")
+        if not 0 <= self.held < len(self.shares):
+            raise ConfigError(f"polish.held is {self.held}; it is a number of passes, and leaves at least one to learn")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from cfengine import Engine
 from cfengine.cli import app
 from cfengine.cli_play import Key, Player, scripted
-from cfengine.errors import ConfigError
+from cfengine.errors import ConfigError, PromptError
+from cfengine.playout import PlayoutStats
 from cfengine.types import Frame
 
 pytestmark = pytest.mark.cpu
@@ -99,6 +100,57 @@ def test_an_event_that_fails_is_said_and_the_stream_goes_on(toy_engine) -> None:
             while (shown := player.look()) is None or shown.frame.last_event_id != 2:
                 assert time.monotonic() < end
             assert player.playout is playing and player.prompt == "c" and not player.said
+        finally:
+            player.close()
+
+
+class Told:
+    """A playout that has nothing to tell but that event 1 failed."""
+
+    def __init__(self) -> None:
+        self.error = PromptError("event 1 is dropped")
+        self.error.event_id = 1
+
+    def at(self) -> None:
+        raise self.error
+
+    def close(self) -> list[BaseException]:
+        return [self.error]
+
+    def stats(self) -> PlayoutStats:
+        return PlayoutStats(shown=9, missed=0, dropped=0, stalled=0.0, ready=0, level=1)
+
+
+def test_a_prompt_that_was_asked_for_since_stays(toy_engine) -> None:
+    with toy_engine().session("a") as session:
+        player = Player(session)
+        player.close()
+        player.show("b " * 13)
+        player.show("c")
+        player.playout = Told()
+        assert player.look() is None and player.said == "event 1 is dropped" and player.prompt == "c"
+
+
+def test_the_title_of_a_session_that_failed_hides_no_error(toy_engine) -> None:
+    """Its last frames are still shown, with less effort, before the display is told why it closed."""
+    with toy_engine().session("a") as session:
+        player = Player(session)
+        player.close()
+    player.playout = Told()
+    assert "effort 80 %" in player.title
+
+
+def test_what_failed_is_said_where_the_playout_stops(toy_engine) -> None:
+    """The error waits behind frames that are not due yet; the moment that is kept has the prompt that is shown."""
+    with toy_engine().session("a") as session:
+        player = Player(session)
+        player.close()
+        player.show("b " * 13)
+        player.playout = Told()
+        player.press(Key("s"))
+        try:
+            assert player.said == "event 1 is dropped; kept; b goes back here"
+            assert player.prompt == "a" and player.kept[0] == "a"
         finally:
             player.close()
 

@@ -98,7 +98,13 @@ def test_what_the_context_shows_holds_the_student() -> None:
     assert measures["held"] > 0, "the camera pans slowly, so chunks show what those before showed"
 
 
-def test_a_round_goes_on_where_it_stopped(tmp_path) -> None:
+def test_shares_that_are_rounded_are_shares() -> None:
+    draw = np.random.default_rng(0)
+    assert {polish.chosen(draw, (0.2499, 0.25, 0.25, 0.25)) for _ in range(100)} == {0, 1, 2, 3}
+    assert {polish.chosen(draw, (0.0, 0.0, 1.0)) for _ in range(20)} == {2}
+
+
+def test_a_polish_goes_on_where_it_stopped(tmp_path) -> None:
     strips = Strips(torch.randn(3, 2, COLUMNS, 4, 16), torch.tensor([3, 6, 9]).expand(3, 2, 3).clone())
     batches, said = Student(short=(2, 2), long=(3, 3, 3), chunks=3, turns=2), []
     for steps in (2, 40):

@@ -86,7 +86,8 @@ def test_changes_on_the_command_line() -> None:
         ("far", "-0.1"),
         ("blend", "0.0"),
         ("shares", "[0.5, 0.5, 0.5, 0.5]"),
-        ("shares", "[0.5, 0.5]"),
+        ("shares", "[0.3, 0.3, 0.4]"),
+        ("held", "4"),
     ],
 )
 def test_a_polish_that_is_none(key: str, value: str) -> None:
