@@ -65,19 +65,27 @@ def context_of(world: World, config: EngineConfig, latents: Tensor, prompts: Ten
         return remember(world.dit, config.memory, latents, world.text(prompts))
 
 
-def sample(student: World, context: Context, levels: Tensor, graded: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Run the sampler's passes: x0 (1, B, C, ...) of pass `graded`, the only one with a gradient, and of the last."""
-    device = device_of(student)
-    x, kept = torch.randn(1, *shape, device=device), None
-    for i, level in enumerate(levels.tolist()):
-        flow = guess(student, context, x, torch.full(x.shape[:3], level, device=device), grad=i == graded)
+def walk(
+    world: World, context: Context, x: Tensor, levels: list[float], graded: int | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Run the sampler's passes at `levels`, of which x (1, B, C, ...) is at the first, with new noise between them.
+
+    -> x0 of pass `graded`, the only one with a gradient (None: no pass), and of the last, each as x
+    """
+    kept, x0 = None, x
+    for i, level in enumerate(levels):
+        flow = guess(world, context, x, torch.full(x.shape[:3], level, device=x.device), grad=i == graded)
         x0 = x - level * flow
         if i == graded:
             kept, x0 = x0, x0.detach()
         if i + 1 < len(levels):
-            after = levels[i + 1].item()
-            x = (1 - after) * x0 + after * torch.randn_like(x0)
+            x = (1 - levels[i + 1]) * x0 + levels[i + 1] * torch.randn_like(x0)
     return kept, x0
+
+
+def sample(student: World, context: Context, levels: Tensor, graded: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """`walk` from noise to chunks of `shape` (B, C, ...)."""
+    return walk(student, context, torch.randn(1, *shape, device=device_of(student)), levels.tolist(), graded)
 
 
 def noised(x0: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,17 +1,15 @@
 """Self-distillation: the last passes learn what more passes of the same student make of the same noise.
 
-Distribution matching leaves a student that draws better in ten passes than in its four: every further pass may mend
-what those before it mixed up, such as a tower with the foot of a cone. So the student is its own teacher, as in
-progressive distillation (Salimans and Ho, arXiv 2202.00512), here for a sampler that noises again between passes: from
-a noisy chunk that the student has come to, a frozen copy of it goes down a finer schedule, and where that ends is the
-target of the pass. From much noise more passes could go anywhere, and the mean of all that is a narrow tower; so the
-first `held` passes, which choose what is drawn, only keep what they answer.
+Every further pass of a student may mend what those before it mixed up, such as a tower with the foot of a cone. So the
+student is its own teacher, as in progressive distillation (Salimans and Ho, arXiv 2202.00512), here for a sampler that
+noises again between passes: from a noisy chunk that the student has come to, a frozen copy of it goes down a finer
+schedule, and where that ends is the target of the pass. From much noise more passes could go anywhere, and the mean of
+all that is no landmark; so the first `held` passes, which choose what is drawn, only keep what they answer.
 
 It buys form with variety, as every descent to the likeliest does: what was in doubt becomes what is drawn most often.
 `blend` says how far the weights go (an interpolation as in Wortsman et al., arXiv 2109.01903).
 
-Contexts and what holds the student to them are those of `cfengine.training.distil`; there are no judges here, so a step
-costs half of one there.
+Contexts and what holds the student to them are those of `cfengine.training.distil`; there are no judges here.
 """
 
 from __future__ import annotations
@@ -28,23 +26,12 @@ from cfengine.config import EngineConfig
 from cfengine.ops import select
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import levels_of, sampler_sigmas
-from cfengine.training.distil import context_of, guess, own_past, redrawn, shown_in
-from cfengine.training.forward import Context
+from cfengine.training.distil import context_of, guess, own_past, redrawn, shown_in, walk
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, number
 from cfengine.training.recycle import corrupt
 from cfengine.training.settings import Polish, Student
 from cfengine.training.state import Progress, World
-
-
-def walk(world: World, context: Context, x: Tensor, levels: list[float]) -> Tensor:
-    """x0 after passes at `levels`, of which x (1, B, C, ...) is at the first; noised again between them."""
-    shape, x0 = x.shape[:3], x
-    for i, level in enumerate(levels):
-        x0 = x - level * guess(world, context, x, torch.full(shape, level, device=x.device))
-        if i + 1 < len(levels):
-            x = (1 - levels[i + 1]) * x0 + levels[i + 1] * torch.randn_like(x0)
-    return x0
 
 
 def finer(level: float, fine: list[float]) -> list[float]:
@@ -76,10 +63,10 @@ class Polishing:
         with torch.no_grad():
             x = torch.randn(1, *truth.shape, device=truth.device)
             if place:
-                x0 = walk(student, own, x, levels[:place])
+                _, x0 = walk(student, own, x, levels[:place])
                 x = (1 - level) * x0 + level * torch.randn_like(x0)
             held = place < self.settings.held
-            goal = walk(self.copy, theirs, x, [level] if held else finer(level, self.fine))
+            _, goal = walk(self.copy, theirs, x, [level] if held else finer(level, self.fine))
         x0 = x - level * guess(student, own, x, torch.full(x.shape[:3], level, device=x.device), grad=True)
         loss = (x0 - goal).square().mean()
         loss.backward()
