@@ -40,7 +40,7 @@ from cfengine.scheduler.sampler import Schedule, near_share
 from cfengine.scheduler.scenes import timeline
 from cfengine.session import Session, check_num_frames
 from cfengine.snapshot import Snapshot, fingerprint, made_for
-from cfengine.types import Frame
+from cfengine.stream import Stream
 
 if TYPE_CHECKING:
     from cfengine.serve import Published
@@ -343,22 +343,16 @@ class Engine:
         num_frames: int | None = None,
         image: Pictures | None = None,
         video: Pictures | None = None,
-    ) -> Iterator[Frame]:
+    ) -> Stream:
         """Yield frames as soon as each chunk is decoded, before its clean pass.
 
         num_frames: video frames, any positive number (natural lengths are 9 + 12 k); None never ends
         image, video: what it goes on from, see `session`; not counted in num_frames
-        The same seed gives the same frames whatever was streamed before. Closing the generator stops the work.
-        Bad arguments raise at the call, not at the first frame.
+        The same seed gives the same frames whatever was streamed before. Closing the stream stops the work, as does the
+        end of `with engine.stream(...) as frames`. Bad arguments raise at the call, not at the first frame.
         """
         check_num_frames(num_frames)
-        session = self.session(prompt, seed=seed, image=image, video=video)
-
-        def run() -> Iterator[Frame]:
-            with session:
-                yield from session.frames(num_frames)
-
-        return run()
+        return Stream(self.session(prompt, seed=seed, image=image, video=video), num_frames)
 
     def publish(
         self,

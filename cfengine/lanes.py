@@ -50,8 +50,9 @@ class Lanes:
         self._dtype, self._device, self._runtime = dtype, device, runtime
         self._max, self._lock = max_sessions, threading.RLock()  # sessions may be opened in several threads
         self.idle = IdleLanes(max_sessions or 1)
-        # lanes in use, and who uses them: those of a budget are taken back from who is dropped, others go with him
-        self._lent: MutableMapping[Lane, weakref.ref] = weakref.WeakKeyDictionary() if max_sessions is None else {}
+        # lanes in use, and who uses them: what is worth keeping is taken back from who is dropped, the rest goes with him
+        goes = max_sessions is None and runtime is None
+        self._lent: MutableMapping[Lane, weakref.ref] = weakref.WeakKeyDictionary() if goes else {}
         self._seats: list[Seat] = []
         self._budget: Budget | None = None
         if max_sessions is not None:
@@ -79,7 +80,8 @@ class Lanes:
 
     def pages(self) -> PageCount | None:
         """Pages of the budget, if there is one."""
-        with self._queue():
+        with self._lock, self._queue():
+            self._take_back()
             return None if self._budget is None else self._budget.count()
 
     def alone(self, seed: int, config: EngineConfig) -> Lane:
@@ -148,8 +150,9 @@ class Lanes:
 
     def _device_lane_for(self, config: EngineConfig, room: int) -> DeviceLane:
         """One that was left, or a new one, which idle ones make room for unless they are the budget's."""
+        self._take_back()
         lane = self.idle.take((config.memory, room))
-        if lane is None and self._budget is not None:  # one that nobody closed saves a capture
+        if lane is None:  # one that nobody closed saves a capture
             gc.collect()
             self._take_back()
             lane = self.idle.take((config.memory, room))

@@ -14,6 +14,7 @@ from cfengine.errors import CFEngineError, ConfigError, PromptError
 from cfengine.memory.memory import Memory
 from cfengine.scheduler import chunk as chunk_module
 from cfengine.scheduler.sampler import chunk_noise
+from cfengine.session import Session
 
 pytestmark = pytest.mark.cpu
 
@@ -83,7 +84,7 @@ def test_frames_leave_before_the_clean_pass(toy_engine, monkeypatch):
     assert passes.log[-1] == (3, False)  # no clean pass after the last chunk
 
 
-def test_closing_the_generator_stops_the_work(toy_engine, monkeypatch):
+def test_closing_the_stream_stops_the_work(toy_engine, monkeypatch):
     passes = Passes(monkeypatch)
     engine = toy_engine()
     stream = engine.stream("a")
@@ -148,10 +149,27 @@ def test_priming_is_the_past(toy_engine):
 
 def test_streams_that_never_start_leave_nothing(toy_engine):
     engine = toy_engine()
-    for _ in range(3):
-        engine.stream("a").close()
-    gc.collect()
+    streams = [engine.stream("a") for _ in range(3)]
+    for stream in streams:
+        stream.close()
+        assert next(stream, None) is None
     assert not engine._sessions
+
+
+def test_the_garbage_collector_closes_nothing(toy_engine, monkeypatch):
+    """It may come in the middle of any call, with locks held; what a dropped stream had, the next session has."""
+    engine = toy_engine(max_sessions=1)
+    closed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "close", lambda session: closed.append(session))
+        ring = [engine.stream("a")]
+        next(ring[0])
+        ring.append(ring)
+        del ring
+        gc.collect()
+    assert not closed and engine.pages.in_use == 0
+    with engine.stream("a", num_frames=21) as stream:
+        assert len(list(stream)) == 21
 
 
 @pytest.mark.parametrize("where", ["denoise", "clean_pass", "decode"])

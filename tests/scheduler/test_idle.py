@@ -62,7 +62,22 @@ def refused(engine) -> None:
         engine.session(" ")
 
 
-BEFORE = (closed_in_the_middle, closed_by_its_consumer, primed, primed_alone, never_begun, refused)
+def dropped_by_its_consumer(engine) -> None:
+    stream = engine.stream("c d e", seed=9)
+    for _ in range(12):
+        next(stream)
+
+
+def closed_before_it_began(engine) -> None:
+    stream = engine.stream("c d e", seed=9)
+    stream.close()
+    assert not engine._sessions and idle(engine)
+
+
+BEFORE = (
+    closed_in_the_middle, closed_by_its_consumer, closed_before_it_began, dropped_by_its_consumer, primed, primed_alone,
+    never_begun, refused,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
