@@ -19,7 +19,7 @@ from cfengine.errors import CFEngineError, ConfigError
 from cfengine.training.curves import can_draw
 from cfengine.training.dry import student_step, table, teacher_step
 from cfengine.training.parallel import check_devices, joined, rank, size
-from cfengine.training.recipe import Run, averaged, train_student, train_teacher, write_weights
+from cfengine.training.recipe import Run, averaged, train_student, train_teacher, write_teacher, write_weights
 from cfengine.training.settings import Settings, built_in, read
 
 COMMANDS = {
@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--processes", type=int, help="default: 2 on a CPU (a core each), 1 on a GPU")
         if name == "student":
             command.add_argument("--teacher", type=Path, help="folder of the teacher; default: --out")
-    dump = commands.add_parser("export", help="write the averaged weights of an unfinished stage")
-    dump.add_argument("state", type=Path)
+    dump = commands.add_parser("export", help="write the averaged weights of a stage, or a teacher for --teacher")
+    dump.add_argument("state", type=Path, help="a .state file, or the folder of a teacher")
     dump.add_argument("folder", type=Path)
     dump.add_argument("--config", default="tiny-world")
     dump.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -75,7 +75,11 @@ def work(options: argparse.Namespace, settings: Settings, run: Run, say: PlainDi
 
 
 def export(options: argparse.Namespace, settings: Settings, say: PlainDisplay) -> None:
-    """Weights of a state, with the codec that lies beside it."""
+    """Weights of a state, with the codec that lies beside it; of a folder, its teacher."""
+    if options.state.is_dir():
+        write_teacher(options.state, options.folder)
+        say.done(f"the teacher is in {options.folder}; student --teacher {options.folder} distils it")
+        return
     world, step = averaged(options.state, settings.config)
     write_weights(world, options.folder, settings.config, options.state.with_name("refined.safetensors"))
     say.done(f"weights of step {step} are in {options.folder}")

@@ -18,6 +18,10 @@ that grows. `window` chunks at a random place of it are judged, or all of them. 
 truth, or what the student's last pass makes of the noised truth, and that pass is also held to the truth, without which
 colours pale. Where the renderer knows what the context shows already, every pass is held to that: what can be copied is
 no matter of taste, and the judges' noise alone would blur it.
+
+Of what is new, matching distributions keeps what is likeliest and forgets the rest. With `regression` the first passes
+are also held to where the teacher's flow carries the same noise (pairs of noise and sample, as in DMD's own regression
+loss), which comes to every kind of landmark as often as the teacher draws it.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from cfengine.config import EngineConfig
 from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
 from cfengine.training.data import Batch, Source
-from cfengine.training.diffusion import draw_sigmas, sampler_sigmas, spread
+from cfengine.training.diffusion import draw_sigmas, levels_of, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember, window
 from cfengine.training.lookup import BLOCKS, seen_columns, shown_columns
 from cfengine.training.parallel import draws, rank
@@ -47,6 +51,7 @@ from cfengine.training.state import Progress, World
 
 COPIES = 2  # noise levels at which a sample is judged, and at which the critic learns from it
 CRITIC_DECAY = 0.9  # of the critic's average, which nobody uses but a reader of its state
+CHOOSING = 2  # the first passes, which choose what is drawn where the context shows nothing
 FLOOR = 0.1  # least size of the teacher's correction in the gradient's normalisation; latents have unit variance
 
 
@@ -83,9 +88,18 @@ def walk(
     return kept, x0
 
 
-def sample(student: World, context: Context, levels: Tensor, graded: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """`walk` from noise to chunks of `shape` (B, C, ...)."""
-    return walk(student, context, torch.randn(1, *shape, device=device_of(student)), levels.tolist(), graded)
+@torch.no_grad()
+def carried(world: World, context: Context, x: Tensor, levels: list[float]) -> Tensor:
+    """Where the flow carries x (1, B, C, ...), by Euler's steps from `levels` to `levels`, and from the last to 0."""
+    for here, there in zip(levels, (*levels[1:], 0.0), strict=True):
+        x = x + (there - here) * guess(world, context, x, torch.full(x.shape[:3], here, device=x.device))
+    return x
+
+
+def apart(x: Tensor, goal: Tensor, where: Tensor) -> Tensor:
+    """Mean square of x - goal, (..., c, channels, rows, columns), where `where` (..., c, columns) is 1; 0 for nowhere."""
+    mask = where[..., None, None, :].expand_as(x)
+    return ((x - goal).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
 def noised(x0: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +176,7 @@ class Distillation:
         self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
         self.judges = Judges(self.critic.world, teacher, teacher if settings.guidance else None, before)
         self.levels = sampler_sigmas(config.sampler)
+        self.fine = levels_of(settings.carried, config.sampler.shift).tolist()
         judged = dataclasses.replace(config.memory, **settings.judges)
         self.theirs = dataclasses.replace(config, memory=judged)  # what the judges remember with
 
@@ -186,11 +201,17 @@ class Distillation:
             seen = Judges(*(None if context is None else window(context, first, count) for context in seen))
         judged = slice(first, first + count)
         truth = batch.latents[:, judged]
-        x0, final = sample(student, own, self.levels, graded, truth.shape)
+        noise = torch.randn(1, *truth.shape, device=truth.device)
+        x0, final = walk(student, own, noise, self.levels.tolist(), graded)
         shown, returned = shown_in(own, batch.yaws, first)
         gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned)
-        (x0 * gradient).mean().backward()
-        measures = {"gradient": number(gradient.abs().mean())}
+        loss, measures = (x0 * gradient).mean(), {"gradient": number(gradient.abs().mean())}
+        if settings.regression and graded < CHOOSING:
+            kind = 1 if self.judges.before is None else 3
+            goal = carried(self.judges[kind], seen[kind], noise, self.fine)
+            off = apart(x0[0], goal[0], torch.ones_like(truth[..., 0, 0, :]) if shown is None else 1 - shown)
+            loss, measures["regression"] = loss + settings.regression * off, number(off)
+        loss.backward()
         whole = None
         if anchored:
             last, held = redrawn(student, self.levels, own, truth, shown, draw)
@@ -230,10 +251,7 @@ def redrawn(
     noise = torch.randn(len(sigma), *truth.shape, device=truth.device)
     noisy = (1 - spread(sigma)) * truth + spread(sigma) * noise
     x0 = noisy - spread(sigma) * guess(student, own, noisy, sigma, grad=True)
-    if shown is None:
-        return x0[0], truth.new_zeros(())
-    mask = shown[:, :, :, None, None].expand_as(truth)
-    return x0[0], ((x0[1] - truth).square() * mask).sum() / mask.sum().clamp(min=1)
+    return x0[0], truth.new_zeros(()) if shown is None else apart(x0[1], truth, shown)
 
 
 def shown_in(context: Context, yaws: Tensor | None, first: int) -> tuple[Tensor | None, Tensor | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from cfengine.codec.tiny_world import TinyWorldCodec
 from cfengine.config import EngineConfig
 from cfengine.errors import ConfigError, OutputError
 from cfengine.model.text_tiny import TinyTextEncoder
@@ -108,11 +109,13 @@ def begin(run: Run, parts: tuple[str, ...]) -> None:
 
 
 def source_of(run: Run, teacher: Path) -> Source:
-    """Batches as settings say; `teacher`: the folder with the strips."""
-    data = run.settings.data
+    """Batches as settings say; `teacher`: the folder with the strips, or, where it has none, with the codec alone."""
+    data, strips, codec = run.settings.data, teacher / "strips.safetensors", None
     if data.source == "clips":
         return Clips(data.folder, run.config)
-    return build_strips(None, data.scenes, run.seed + 2, teacher / "strips.safetensors")
+    if not strips.exists():
+        strips, codec = run.out / "student-strips.safetensors", TinyWorldCodec.from_file(teacher / "refined.safetensors")
+    return build_strips(codec, data.scenes, run.seed + 2, strips)
 
 
 def _world_files(run: Run, log: Log) -> None:
@@ -215,6 +218,9 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
         raise ConfigError(f"the teacher {missing} does not exist; train it first, or name its folder (--teacher)")
     for chunks in (*settings.short, *settings.long):
         settings.check_batch("student", settings.sessions(chunks), run.processes)
+    if rank() == 0:
+        source_of(run, teacher)  # strips that must be drawn first are drawn once
+    wait()
     for own in settings.seeds:
         _stage(run, run.out / f"student{own}.state", settings.steps, _distillation, teacher, own)
     if run.settings.polish.steps:
@@ -224,6 +230,24 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
         write_weights(finished(run), weights, run.config, teacher / "refined.safetensors")
     wait()
     return weights
+
+
+def write_teacher(folder: Path, target: Path) -> None:
+    """Write what `train_student` takes of a teacher's folder: averaged weights in float16, and the codec of its latents.
+
+    Raises ConfigError where no stage of it is there.
+    """
+    states = [folder / name for name in ("dit.state", "lookup.state") if (folder / name).exists()]
+    if not states:
+        raise ConfigError(f"there is no teacher in {folder}; train it first")
+    target.mkdir(parents=True, exist_ok=True)
+    for state in states:
+        kept = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+        average = {name: part.half() for name, part in kept["average"].items()}
+        torch.save({"step": kept["step"], "average": average}, target / state.name)
+    codec = folder / "refined.safetensors"
+    if codec.exists():
+        (target / codec.name).write_bytes(codec.read_bytes())
 
 
 def mean_of(worlds: list[World], shares: list[float] | None = None) -> World:

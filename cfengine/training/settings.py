@@ -140,6 +140,8 @@ class Student(Descent):
     window: int = 0  # chunks that are judged at a random place of a rollout; 0: all of them
     chunks: int = 16  # in a batch of one process: so many sessions that their chunks are about that
     guidance: float = 0.0  # how far the teacher is guided away from what it makes without a prompt
+    regression: float = 0.0  # weight with which what is new is held to where the teacher's flow carries the same noise
+    carried: tuple[int, ...] = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100)  # its steps, of 1000
     critic_steps: int = 5  # for each of the student's, with its sample
     critic_pace: float = 2.0  # learning rate of the critic over that of the student
     anchor: float = 1.0  # weight of redrawing the truth from the last noise level, which keeps colours and copies exact

@@ -119,7 +119,7 @@ def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypat
 
     monkeypatch.setattr(distil, "guess", watched)
     levels = distil.sampler_sigmas(CONFIG.sampler)
-    x0, final = distil.sample(student, see(student), levels, 2, given.latents.shape)
+    x0, final = distil.walk(student, see(student), torch.randn(1, *given.latents.shape), levels.tolist(), 2)
     assert asked == [(1.0, False), (0.9375, False), (0.8333, True), (0.625, False)]
     assert not final.requires_grad
     x0.square().mean().backward()
@@ -162,6 +162,42 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
             work.student.world, work.levels, own, given.latents, shown, np.random.default_rng(0)
         )
         assert last.requires_grad and (held > 0) == known
+
+
+def test_a_flow_carries_noise_down_the_levels(contexts, monkeypatch) -> None:
+    """Towards a point the flow is (x - point) / level, straight lines, of which Euler's steps miss nothing."""
+    given, see = contexts
+    point = torch.full_like(given.latents[None], 0.5)
+    monkeypatch.setattr(distil, "guess", lambda of, context, x, level: (x - point) / level.view(*x.shape[:3], 1, 1, 1, 1))
+    found = distil.carried(world(0), None, torch.randn(1, *given.latents.shape), [1.0, 0.9, 0.4, 0.1])
+    torch.testing.assert_close(found, point)  # and not the noise that it began with
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_new_is_held_to_where_the_flow_carries_the_same_noise(early: bool, monkeypatch) -> None:
+    """By the first passes, with the teacher as it was before lookup, and not where the context shows what to draw."""
+    config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=32))
+    teacher, earlier = (world(seed).requires_grad_(False) for seed in (0, 2))
+    work = distil.Distillation(teacher, earlier if early else None, config, Student(regression=0.5, peak=1e-2, warm=1))
+    yaws = torch.tensor([[[0, 0, 0], [0, 0, 0]]])  # all of the second chunk was in the first
+    given = Batch(torch.randn(1, 2, 3, 16, 4, 12), torch.randint(12, (1, 2, 4)), yaws)
+    carried, inner = [], distil.carried
+
+    def watched(of, context, x, levels):
+        carried.append((of, context, x.clone(), len(levels)))
+        goal = inner(of, context, x, levels)
+        goal[:, :, 1] += 100.0  # nobody looks there
+        return goal
+
+    monkeypatch.setattr(distil, "carried", watched)
+    losses = []
+    for graded in (0, 1, 2, 3, 0, 0, 0):
+        torch.manual_seed(5)
+        made = work.step(given, given.latents, graded, np.random.default_rng(0), anchored=False)
+        assert ("regression" in made.measures) == (graded < 2)
+        losses += [made.measures["regression"]] if graded == 0 else []
+    assert {of for of, *_ in carried} == {earlier if early else teacher} and {n for *_, n in carried} == {10}
+    assert max(losses) < 50 and losses[-1] < losses[0]
 
 
 def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:

@@ -77,6 +77,19 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
         assert engine.config.model == settings.config.model and engine.config.memory == settings.config.memory
     assert main(["teacher", *given, "--set", "teacher.peak=1e-3"]) == 2
     assert "was begun with teacher.peak 0.002 and is now asked for 0.001" in capsys.readouterr().err
+    assert main(["export", str(out), str(tmp_path / "teacher"), "--config", str(config)]) == 0
+    assert {path.name for path in (tmp_path / "teacher").iterdir()} == {
+        "dit.state",
+        "lookup.state",
+        "refined.safetensors",
+    }
+    other = tmp_path / "other"
+    again = ["student", *given[:2], "--out", str(other), "--processes", "1", "--teacher", str(tmp_path / "teacher")]
+    assert main([*again, "--set", "student.regression=0.5"]) == 0
+    drawn, known = (load_file(path)["latents"] for path in (other / "student-strips.safetensors", out / "strips.safetensors"))
+    torch.testing.assert_close(drawn, known, atol=0.02, rtol=0.02)  # the codec was rounded to float16, as are strips
+    assert (other / "weights" / "dit.safetensors").exists()
+    assert main(["export", str(other / "weights"), str(tmp_path / "none"), "--config", str(config)]) == 2
     described = out / "weights" / "model.json"
     described.write_text(json.dumps({"model": {"dim": 24, "colour": 3}, "memory": {}}))
     with pytest.raises(CheckpointError, match="describes no model"):
