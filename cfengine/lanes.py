@@ -50,7 +50,7 @@ class Lanes:
         self._dtype, self._device, self._runtime = dtype, device, runtime
         self._max, self._lock = max_sessions, threading.RLock()  # sessions may be opened in several threads
         self.idle = IdleLanes(max_sessions or 1)
-        # lanes in use, and who uses them: what is worth keeping is taken back from who is dropped, the rest goes with him
+        # lanes in use, and who uses them: one worth keeping is taken back from who is dropped, another goes with him
         goes = max_sessions is None and runtime is None
         self._lent: MutableMapping[Lane, weakref.ref] = weakref.WeakKeyDictionary() if goes else {}
         self._seats: list[Seat] = []

@@ -97,7 +97,7 @@ def carried(world: World, context: Context, x: Tensor, levels: list[float]) -> T
 
 
 def apart(x: Tensor, goal: Tensor, where: Tensor) -> Tensor:
-    """Mean square of x - goal, (..., c, channels, rows, columns), where `where` (..., c, columns) is 1; 0 for nowhere."""
+    """Mean square of x - goal (..., c, channels, rows, columns) where `where` (..., c, columns) is 1; 0 for nowhere."""
     mask = where[..., None, None, :].expand_as(x)
     return ((x - goal).square() * mask).sum() / mask.sum().clamp(min=1)
 

@@ -110,12 +110,13 @@ def begin(run: Run, parts: tuple[str, ...]) -> None:
 
 def source_of(run: Run, teacher: Path) -> Source:
     """Batches as settings say; `teacher`: the folder with the strips, or, where it has none, with the codec alone."""
-    data, strips, codec = run.settings.data, teacher / "strips.safetensors", None
+    data, strips = run.settings.data, teacher / "strips.safetensors"
     if data.source == "clips":
         return Clips(data.folder, run.config)
-    if not strips.exists():
-        strips, codec = run.out / "student-strips.safetensors", TinyWorldCodec.from_file(teacher / "refined.safetensors")
-    return build_strips(codec, data.scenes, run.seed + 2, strips)
+    if strips.exists():
+        return build_strips(None, data.scenes, run.seed + 2, strips)
+    codec = TinyWorldCodec.from_file(teacher / "refined.safetensors")
+    return build_strips(codec, data.scenes, run.seed + 2, run.out / "student-strips.safetensors")
 
 
 def _world_files(run: Run, log: Log) -> None:
@@ -233,7 +234,7 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
 
 
 def write_teacher(folder: Path, target: Path) -> None:
-    """Write what `train_student` takes of a teacher's folder: averaged weights in float16, and the codec of its latents.
+    """Write what `train_student` takes of a teacher's folder: averaged weights in float16, and the codec.
 
     Raises ConfigError where no stage of it is there.
     """

@@ -63,14 +63,20 @@ class Read:
         return self._attention(query, k_pages, v_pages, page_ids, positions, count, q_positions, **options)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_slots_that_are_read(toy_engine, policy: str) -> None:
+CUTS = MemoryConfig(policy="relative_window", sink=1, slow=0, fast=14, scenes=True)  # 15 slots, near are 8
+
+
+RULES = [*(with_policy(dataclasses.replace(SMALL, threshold=1.0), policy) for policy in POLICIES), CUTS]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.policy)
+def test_the_slots_that_are_read(toy_engine, rule: MemoryConfig) -> None:
     """Of every pass of every chunk, by the table of its layer: the sink, then the last ones, at their own positions."""
-    engine = toy_engine(memory=with_policy(SMALL, policy))
-    with engine.session("a b", seed=3) as session:
+    engine = toy_engine(memory=rule)
+    with engine.session("a b[4.5s] | c[1.5s#] | d", seed=3) as session:  # where there are scenes, of 6 and 2 chunks
         memory, read = session.memory, Read(session.memory)
-        near, sink = near_slots(memory_config := session.config.memory), memory_config.kept_sink
-        for chunk in range(7):
+        near, sink, whole = near_slots(rule), rule.kept_sink, []
+        for chunk in range(13 if rule.scenes else 7):
             session.effort = LAST
             session.next_chunk()  # the clean pass of the chunk before, then two that look near alone
             stacked = memory.tables.stacked
@@ -81,12 +87,15 @@ def test_the_slots_that_are_read(toy_engine, policy: str) -> None:
                 assert ids == stacked.page_ids[layer, list(shown)].tolist()
                 assert positions == stacked.positions[layer, list(shown)].tolist()
                 assert set(stacked.page_ids[layer, count - 3 : count].tolist()) <= set(ids)  # the chunk itself
+            whole.append(count <= near)
             passes = [len(ids) for ids, _ in read.seen[::layers]]
-            full = min(3 * chunk, memory_config.slots)
-            if policy != "slow_fast_paper" and policy != "slow_fast_diverse":  # which may show fewer
+            full = min(3 * chunk, rule.slots)
+            if rule.policy not in ("slow_fast_paper", "slow_fast_diverse") and not rule.scenes:  # which may show fewer
                 clean = [full] if chunk else []
                 assert passes == [*clean, *[min(3 * chunk + 3, near)] * 2]
             read.seen.clear()
+        after = whole[whole.index(False) :]  # a new scene leaves less than the level reads, for a while
+        assert any(after) == rule.scenes and not after[-1]
 
 
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy not in ("slow_fast", "uniform")])

@@ -168,7 +168,7 @@ def test_a_flow_carries_noise_down_the_levels(contexts, monkeypatch) -> None:
     """Towards a point the flow is (x - point) / level, straight lines, of which Euler's steps miss nothing."""
     given, see = contexts
     point = torch.full_like(given.latents[None], 0.5)
-    monkeypatch.setattr(distil, "guess", lambda of, context, x, level: (x - point) / level.view(*x.shape[:3], 1, 1, 1, 1))
+    monkeypatch.setattr(distil, "guess", lambda of, context, x, level: (x - point) / distil.spread(level))
     found = distil.carried(world(0), None, torch.randn(1, *given.latents.shape), [1.0, 0.9, 0.4, 0.1])
     torch.testing.assert_close(found, point)  # and not the noise that it began with
 

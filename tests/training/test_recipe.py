@@ -86,7 +86,8 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
     other = tmp_path / "other"
     again = ["student", *given[:2], "--out", str(other), "--processes", "1", "--teacher", str(tmp_path / "teacher")]
     assert main([*again, "--set", "student.regression=0.5"]) == 0
-    drawn, known = (load_file(path)["latents"] for path in (other / "student-strips.safetensors", out / "strips.safetensors"))
+    strips = other / "student-strips.safetensors", out / "strips.safetensors"
+    drawn, known = (load_file(path)["latents"] for path in strips)
     torch.testing.assert_close(drawn, known, atol=0.02, rtol=0.02)  # the codec was rounded to float16, as are strips
     assert (other / "weights" / "dit.safetensors").exists()
     assert main(["export", str(other / "weights"), str(tmp_path / "none"), "--config", str(config)]) == 2
