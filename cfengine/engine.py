@@ -221,8 +221,8 @@ class Engine:
         latents: (frames, channels, height, width), whole chunks      image: (H, W, 3) uint8 RGB, or a file
         video: (n, H, W, 3) uint8 RGB of any length, or a file      see `Past` for how pictures are fitted to chunks
         policy: another memory rule over the same number of slots
-        On a GPU, pages and captured graphs of a closed session serve the next one; they are let go where memory is
-        short, and when the engine is closed.
+        On a GPU, pages and captured graphs of a session that was closed or dropped serve the next one; they are let go
+        where memory is short, and when the engine is closed.
         Raises PromptError, ConfigError for a bad seed or past, CapacityError for one more than `max_sessions`,
         OutputError for a file that cannot be read.
         """
