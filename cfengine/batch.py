@@ -27,7 +27,10 @@ class Batch:
     """
 
     def __init__(
-        self, lane: Lane, join: Callable[..., Session], on_close: Callable[[Lane], None] = lambda lane: None
+        self,
+        lane: Lane,
+        join: Callable[..., Session],
+        on_close: Callable[[Lane, Batch], None] = lambda lane, batch: None,
     ) -> None:
         """join(prompt, seed, policy, on_close): opens a session in the lane      on_close: has the lane back, once."""
         self.sessions: list[Session] = []  # in the order of joining; a new list with every change
@@ -121,7 +124,7 @@ class Batch:
             session.close()
         if not self.closed:
             self.closed, lane, self._lane, self._join = True, self._lane, None, None
-            self._on_close(lane)
+            self._on_close(lane, self)
 
     def __enter__(self) -> Batch:
         return self

@@ -315,7 +315,7 @@ class Engine:
 
     def _left(self, lane: Lane, session: Session) -> None:
         self._sessions.discard(session)
-        self._lanes.keep(lane)
+        self._lanes.keep(lane, session)
 
     def _session(self, lane: Lane, prompt: str, seed: int, config: EngineConfig, on_close, place=None) -> Session:
         session = Session(

@@ -189,9 +189,16 @@ class Lanes:
         with self._lock:
             return [user for user in (found() for found in self._lent.values()) if user is not None]
 
-    def keep(self, lane: Lane) -> None:
-        """Take back the lane of closed sessions, to be used again if that saves time; harmless twice."""
+    def keep(self, lane: Lane, user: object = None) -> None:
+        """Take back the lane of closed sessions, to be used again if that saves time; harmless twice.
+
+        user: who had it; None: it was lent to nobody. One whom the garbage collector finds counts as dropped before
+        what it holds is closed, so that its lane may be somebody else's by then.
+        """
         with self._lock:
+            known = self._lent.get(lane)
+            if user is not None and (known is None or known() not in (None, user)):
+                return
             self._lent.pop(lane, None)
             if isinstance(lane, DeviceLane):
                 self.idle.keep(lane)

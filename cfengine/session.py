@@ -51,7 +51,8 @@ class Session:
         self.config, self.seed = config, seed
         self.latents: Tensor | None = None  # of the newest chunk: (chunk_frames, channels, height, width) float32
         self._lane: Lane | None = lane
-        self._place, self._on_close, self._resume = place or 0, on_close, resume
+        self._place, self._resume = place or 0, resume
+        self._on_close: Callable[[Session], None] | None = on_close
         self._batched = place is not None
         self._effort = 0  # level of the next chunk
         self._cut = False  # the next frame follows nothing
@@ -324,8 +325,9 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the session cannot be used afterwards. Closing twice is harmless."""
         if not self.closed:
-            self._lane, self._director = None, None
-            self._on_close(self)
+            self._lane, self._director, self._resume = None, None, None
+            told, self._on_close = self._on_close, None  # a closed session holds nothing of its engine
+            told(self)
 
     def __enter__(self) -> Session:
         return self

@@ -6,11 +6,13 @@ columns holds every view of a scene: a session of any length is a gather.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cfengine.codec.tiny_world import SPACE, TinyWorldCodec
@@ -72,10 +74,9 @@ def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:
 
 def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Path | None = None) -> Strips:
     """Draw and encode `scenes` places in two looks each; kept at `path`, where no codec is needed the next time."""
-    if path is not None and path.exists():
+    if path is not None and path.exists() and drawn_in(path) == scenes:
         kept = load_file(path)
-        if len(kept["latents"]) == scenes:
-            return Strips(kept["latents"], kept["words"])
+        return Strips(kept["latents"], kept["words"])
     rng = np.random.default_rng(seed)
     latents = torch.empty(scenes, LOOKS, COLUMNS, world.HEIGHT // SPACE, codec.latent_channels, dtype=torch.float16)
     words = torch.empty(scenes, LOOKS, 3, dtype=torch.long)
@@ -86,8 +87,16 @@ def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Pat
             latents[i, j] = strips_of(codec, world.Scene(look, scene.landmarks, scene.hills))
             words[i, j] = torch.tensor([CONCEPTS.index(word) for word in (look.light, look.land, look.weather)])
     if path is not None:
-        save_file({"latents": latents, "words": words}, path)
+        part = path.with_suffix(".part")
+        save_file({"latents": latents, "words": words}, part)
+        os.replace(part, path)
     return Strips(latents, words)
+
+
+def drawn_in(path: Path) -> int:
+    """Scenes of a file of strips."""
+    with safe_open(path, "pt") as file:
+        return file.get_slice("latents").get_shape()[0]
 
 
 def camera_script(chunks: int, draw: np.random.Generator) -> np.ndarray:

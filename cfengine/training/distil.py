@@ -19,9 +19,9 @@ truth, or what the student's last pass makes of the noised truth, and that pass 
 colours pale. Where the renderer knows what the context shows already, every pass is held to that: what can be copied is
 no matter of taste, and the judges' noise alone would blur it.
 
-Of what is new, matching distributions keeps what is likeliest and forgets the rest. With `regression` the first passes
-are also held to where the teacher's flow carries the same noise (pairs of noise and sample, as in DMD's own regression
-loss), which comes to every kind of landmark as often as the teacher draws it.
+Of what is new, matching distributions keeps what is likeliest and forgets the rest. With `regression` the passes that
+choose are also held to where the teacher's flow carries what they are given (pairs of noise and sample, as in DMD's own
+regression loss), which comes to every kind of landmark as often as the teacher draws it.
 """
 
 from __future__ import annotations
@@ -86,6 +86,20 @@ def walk(
         if i + 1 < len(levels):
             x = (1 - levels[i + 1]) * x0 + levels[i + 1] * torch.randn_like(x0)
     return kept, x0
+
+
+def finer(level: float, fine: list[float]) -> list[float]:
+    """`level` and those of a finer schedule that lie below it."""
+    return [level, *(other for other in fine if other < level - 1e-4)]
+
+
+@torch.no_grad()
+def come_to(world: World, context: Context, noise: Tensor, levels: list[float], place: int) -> Tensor:
+    """What pass number `place` is given, where the passes before it began with `noise` (1, B, C, ...)."""
+    if not place:
+        return noise
+    _, x0 = walk(world, context, noise, levels[:place])
+    return (1 - levels[place]) * x0 + levels[place] * torch.randn_like(x0)
 
 
 @torch.no_grad()
@@ -176,7 +190,7 @@ class Distillation:
         self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
         self.judges = Judges(self.critic.world, teacher, teacher if settings.guidance else None, before)
         self.levels = sampler_sigmas(config.sampler)
-        self.fine = levels_of(settings.carried, config.sampler.shift).tolist()
+        self.fine = levels_of(settings.carried, config.sampler.shift).tolist()  # of the teacher's flow
         judged = dataclasses.replace(config.memory, **settings.judges)
         self.theirs = dataclasses.replace(config, memory=judged)  # what the judges remember with
 
@@ -201,14 +215,15 @@ class Distillation:
             seen = Judges(*(None if context is None else window(context, first, count) for context in seen))
         judged = slice(first, first + count)
         truth = batch.latents[:, judged]
-        noise = torch.randn(1, *truth.shape, device=truth.device)
-        x0, final = walk(student, own, noise, self.levels.tolist(), graded)
+        levels = self.levels.tolist()
+        x = come_to(student, own, torch.randn(1, *truth.shape, device=truth.device), levels, graded)
+        x0, final = walk(student, own, x, levels[graded:], 0)
         shown, returned = shown_in(own, batch.yaws, first)
         gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned)
         loss, measures = (x0 * gradient).mean(), {"gradient": number(gradient.abs().mean())}
         if settings.regression and graded < CHOOSING:
             kind = 1 if self.judges.before is None else 3
-            goal = carried(self.judges[kind], seen[kind], noise, self.fine)
+            goal = carried(self.judges[kind], seen[kind], x, finer(levels[graded], self.fine))
             off = apart(x0[0], goal[0], torch.ones_like(truth[..., 0, 0, :]) if shown is None else 1 - shown)
             loss, measures["regression"] = loss + settings.regression * off, number(off)
         loss.backward()

@@ -26,17 +26,12 @@ from cfengine.config import EngineConfig
 from cfengine.ops import select
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import levels_of, sampler_sigmas
-from cfengine.training.distil import context_of, guess, own_past, redrawn, shown_in, walk
+from cfengine.training.distil import come_to, context_of, finer, guess, own_past, redrawn, shown_in, walk
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, number
 from cfengine.training.recycle import corrupt
 from cfengine.training.settings import Polish, Student
 from cfengine.training.state import Progress, World
-
-
-def finer(level: float, fine: list[float]) -> list[float]:
-    """`level` and those of a finer schedule that lie below it."""
-    return [level, *(other for other in fine if other < level - 1e-4)]
 
 
 class Polishing:
@@ -61,10 +56,7 @@ class Polishing:
         levels = self.levels.tolist()
         level = levels[place]
         with torch.no_grad():
-            x = torch.randn(1, *truth.shape, device=truth.device)
-            if place:
-                _, x0 = walk(student, own, x, levels[:place])
-                x = (1 - level) * x0 + level * torch.randn_like(x0)
+            x = come_to(student, own, torch.randn(1, *truth.shape, device=truth.device), levels, place)
             held = place < self.settings.held
             _, goal = walk(self.copy, theirs, x, [level] if held else finer(level, self.fine))
         x0 = x - level * guess(student, own, x, torch.full(x.shape[:3], level, device=x.device), grad=True)

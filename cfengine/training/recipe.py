@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from cfengine.model.weights import load_dit
 from cfengine.training.clips import Clips
 from cfengine.training.codec import refine_decoder, train_codec
 from cfengine.training.curves import Log
-from cfengine.training.data import Source, build_strips
+from cfengine.training.data import Source, build_strips, drawn_in
 from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
 from cfengine.training.lookup import train_lookup
@@ -33,7 +34,8 @@ from cfengine.training.settings import Settings
 from cfengine.training.state import World
 
 TEACHER = ("preset", "model", "memory", "data", "codec", "teacher", "lookup")  # settings that make one
-STUDENT = ("preset", "model", "memory", "student", "polish")
+LATER = ("data", "codec", "teacher", "lookup", "student", "polish")  # sections that may have grown since
+STUDENT = ("preset", "model", "memory", "data", "student", "polish")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +93,13 @@ def begin(run: Run, parts: tuple[str, ...]) -> None:
     """
     path = run.out / "settings.json"
     asked = {"seed": run.seed, **{name: dataclasses.asdict(run.settings)[name] for name in parts}}
-    asked = json.loads(json.dumps(asked))  # tuples as lists, as they are read
+    plain = {part.name: dataclasses.asdict(part.default) for part in dataclasses.fields(Settings) if part.name in LATER}
+    asked, plain = json.loads(json.dumps((asked, plain)))  # tuples as lists, as they are read
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         known = json.loads(path.read_text()) if path.exists() else {}
+        for name in known.keys() & asked.keys() & plain.keys():  # keys that are younger than the folder
+            known[name] = plain[name] | known[name]
         for name, before, now in changed(known, asked):
             raise ConfigError(
                 f"{run.out} was begun with {name} {before} and is now asked for {now}; "
@@ -109,14 +114,15 @@ def begin(run: Run, parts: tuple[str, ...]) -> None:
 
 
 def source_of(run: Run, teacher: Path) -> Source:
-    """Batches as settings say; `teacher`: the folder with the strips, or, where it has none, with the codec alone."""
+    """Batches as settings say; `teacher`: the folder with the strips, or with the codec, of which they are made."""
     data, strips = run.settings.data, teacher / "strips.safetensors"
     if data.source == "clips":
         return Clips(data.folder, run.config)
-    if strips.exists():
+    if strips.exists() and drawn_in(strips) == data.scenes:
         return build_strips(None, data.scenes, run.seed + 2, strips)
-    codec = TinyWorldCodec.from_file(teacher / "refined.safetensors")
-    return build_strips(codec, data.scenes, run.seed + 2, run.out / "student-strips.safetensors")
+    path = teacher / "refined.safetensors"
+    codec, own = TinyWorldCodec.from_file(path), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return build_strips(codec, data.scenes, run.seed + 2, run.out / f"strips-{own}.safetensors")
 
 
 def _world_files(run: Run, log: Log) -> None:
@@ -236,11 +242,13 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
 def write_teacher(folder: Path, target: Path) -> None:
     """Write what `train_student` takes of a teacher's folder: averaged weights in float16, and the codec.
 
-    Raises ConfigError where no stage of it is there.
+    Raises ConfigError where no stage of it is there, or where `target` has one.
     """
     states = [folder / name for name in ("dit.state", "lookup.state") if (folder / name).exists()]
     if not states:
         raise ConfigError(f"there is no teacher in {folder}; train it first")
+    if any(target.glob("*.state")):
+        raise ConfigError(f"{target} has training states; choose another folder for the teacher")
     target.mkdir(parents=True, exist_ok=True)
     for state in states:
         kept = torch.load(state, map_location="cpu", weights_only=True, mmap=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +140,31 @@ def test_sessions_at_once_have_lanes_of_their_own_and_one_is_kept(device_engine)
     assert idle(engine) == [lanes[0]] and not lanes[1].memories
     with engine.session("a") as again, engine.session("a") as another:
         assert again._lane is lanes[0] and another._lane not in lanes
+
+
+def test_who_is_late_to_close_does_not_take_the_lane_of_the_next(device_engine):
+    """A consumer in a cycle of references counts as dropped before what it is in the middle of is closed."""
+    engine = device_engine()
+    late = engine.session("a")
+    lane = late._lane
+    engine._lanes._lent[lane] = lambda: None  # as the garbage collector leaves it
+    with engine.session("b") as other:
+        assert other._lane is lane
+        late.close()
+        assert idle(engine) == [] and other.next_chunk()
+        with engine.session("c") as third:
+            assert third._lane is not lane
+
+
+def test_a_closed_session_holds_nothing_of_its_engine(device_engine):
+    engine = device_engine()
+    stream = engine.stream("a", num_frames=9)
+    list(stream)
+    held = weakref.ref(engine.model)
+    engine.close()
+    del engine
+    gc.collect()
+    assert held() is None and next(stream, None) is None
 
 
 def test_an_idle_lane_holds_no_prompt(device_engine):

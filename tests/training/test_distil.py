@@ -165,39 +165,60 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
 
 
 def test_a_flow_carries_noise_down_the_levels(contexts, monkeypatch) -> None:
-    """Towards a point the flow is (x - point) / level, straight lines, of which Euler's steps miss nothing."""
-    given, see = contexts
-    point = torch.full_like(given.latents[None], 0.5)
-    monkeypatch.setattr(distil, "guess", lambda of, context, x, level: (x - point) / distil.spread(level))
-    found = distil.carried(world(0), None, torch.randn(1, *given.latents.shape), [1.0, 0.9, 0.4, 0.1])
-    torch.testing.assert_close(found, point)  # and not the noise that it began with
+    """A flow that is the same everywhere moves x by all of it, in the steps that the levels say."""
+    given, _ = contexts
+    flow, asked = torch.randn(1, *given.latents.shape), []
+
+    def same(of, context, x, level):
+        asked.append((x.clone(), float(level.unique())))
+        return flow
+
+    monkeypatch.setattr(distil, "guess", same)
+    x = torch.randn(1, *given.latents.shape)
+    torch.testing.assert_close(distil.carried(world(0), None, x, [1.0, 0.9, 0.4]), x - flow)
+    assert [level for _, level in asked] == pytest.approx([1.0, 0.9, 0.4])
+    torch.testing.assert_close(asked[2][0], x - 0.6 * flow)
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_what_is_new_is_held_to_where_the_flow_carries_the_same_noise(early: bool, monkeypatch) -> None:
-    """By the first passes, with the teacher as it was before lookup, and not where the context shows what to draw."""
+def test_what_is_new_is_held_to_where_the_flow_carries_what_a_pass_is_given(early: bool, monkeypatch) -> None:
+    """By the passes that choose, with the teacher as it was before lookup, not where the context shows what to draw."""
     config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=32))
     teacher, earlier = (world(seed).requires_grad_(False) for seed in (0, 2))
-    work = distil.Distillation(teacher, earlier if early else None, config, Student(regression=0.5, peak=1e-2, warm=1))
+    judge = earlier if early else teacher
     yaws = torch.tensor([[[0, 0, 0], [0, 0, 0]]])  # all of the second chunk was in the first
     given = Batch(torch.randn(1, 2, 3, 16, 4, 12), torch.randint(12, (1, 2, 4)), yaws)
-    carried, inner = [], distil.carried
+    carried, walk, seen, began = [], distil.walk, {}, []
 
     def watched(of, context, x, levels):
-        carried.append((of, context, x.clone(), len(levels)))
-        goal = inner(of, context, x, levels)
-        goal[:, :, 1] += 100.0  # nobody looks there
-        return goal
+        carried.append((of, context, x.clone(), levels))
+        return torch.where(torch.arange(2).view(1, 1, 2, 1, 1, 1, 1) == 0, 3.0, 100.0)  # nobody looks at the second
+
+    def walked(of, context, x, levels, graded=None):
+        if graded == 0:
+            began.append(x.clone())
+        return walk(of, context, x, levels, graded)
 
     monkeypatch.setattr(distil, "carried", watched)
-    losses = []
-    for graded in (0, 1, 2, 3, 0, 0, 0):
-        torch.manual_seed(5)
-        made = work.step(given, given.latents, graded, np.random.default_rng(0), anchored=False)
-        assert ("regression" in made.measures) == (graded < 2)
-        losses += [made.measures["regression"]] if graded == 0 else []
-    assert {of for of, *_ in carried} == {earlier if early else teacher} and {n for *_, n in carried} == {10}
-    assert max(losses) < 50 and losses[-1] < losses[0]
+    monkeypatch.setattr(distil, "walk", walked)
+    means = {}
+    for weight in (0.0, 0.5):
+        settings = Student(regression=weight, peak=1e-2, warm=1, critic_steps=0)
+        work = distil.Distillation(teacher, earlier if early else None, config, settings)
+        contexts = work.contexts
+        monkeypatch.setattr(work, "contexts", lambda *given, see=contexts: seen.setdefault("now", see(*given)))
+        for graded in (0, 1, 2, 3, *[0] * 6):
+            torch.manual_seed(5)
+            seen.clear()
+            made = work.step(given, given.latents, graded, np.random.default_rng(0), anchored=False)
+            assert ("regression" in made.measures) == (weight > 0 and graded < 2)
+            if "regression" in made.measures:
+                of, context, x, levels = carried[-1]
+                assert of is judge and context is seen["now"][1][3 if early else 1] and torch.equal(x, began[-1])
+                assert levels == distil.finer(work.levels[graded].item(), work.fine)
+                assert made.measures["regression"] < 50
+        means[weight] = float(made.sample[:, 0].mean())
+    assert means[0.5] > means[0.0] + 0.1
 
 
 def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:

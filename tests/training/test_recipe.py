@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from cfengine import Engine
 from cfengine.config import ModelConfig
-from cfengine.errors import CheckpointError
+from cfengine.errors import CheckpointError, ConfigError
 from cfengine.training.__main__ import main
-from cfengine.training.recipe import averaged, changed, mean_of
+from cfengine.training.recipe import STUDENT, Run, averaged, begin, changed, mean_of
 from cfengine.training.settings import read
 from cfengine.training.state import World
 
@@ -39,6 +39,13 @@ def test_the_mean_of_students() -> None:
     torch.testing.assert_close(mean.table, (first.table + second.table) / 2)
     torch.testing.assert_close(mean_of([first, second], [0.9, 0.1]).table, 0.9 * first.table + 0.1 * second.table)
     assert not torch.equal(first.table, mean.table)
+
+
+def test_a_folder_older_than_a_setting_was_begun_with_its_default(tmp_path) -> None:
+    settings = read("tiny-world", ["student.regression=0.5"])
+    (tmp_path / "settings.json").write_text(json.dumps({"seed": 0, "student": {"steps": settings.student.steps}}))
+    with pytest.raises(ConfigError, match=r"begun with student\.[a-z]+ .* and is now asked for"):
+        begin(Run(tmp_path, settings), STUDENT)
 
 
 def test_what_changed_is_named() -> None:
@@ -85,12 +92,21 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
     }
     other = tmp_path / "other"
     again = ["student", *given[:2], "--out", str(other), "--processes", "1", "--teacher", str(tmp_path / "teacher")]
-    assert main([*again, "--set", "student.regression=0.5"]) == 0
-    strips = other / "student-strips.safetensors", out / "strips.safetensors"
+    assert main([*again, "--set", "student.regression=0.5", "--set", "student.steps=12"]) == 0
+    told = [json.loads(line) for line in (other / "log.jsonl").read_text().splitlines()]
+    assert any("regression" in line for line in told if line["stage"] == "distil")
+    strips = *other.glob("strips-*.safetensors"), out / "strips.safetensors"
     drawn, known = (load_file(path)["latents"] for path in strips)
     torch.testing.assert_close(drawn, known, atol=0.02, rtol=0.02)  # the codec was rounded to float16, as are strips
     assert (other / "weights" / "dit.safetensors").exists()
-    assert main(["export", str(other / "weights"), str(tmp_path / "none"), "--config", str(config)]) == 2
+    for source, target, sentence in (
+        (other / "weights", tmp_path / "none", "there is no teacher"),
+        (out, out, "has training states"),
+    ):
+        assert main(["export", str(source), str(target), "--config", str(config)]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main([*again, "--set", "data.scenes=3"]) == 2
+    assert "was begun with data.scenes 2" in capsys.readouterr().err
     described = out / "weights" / "model.json"
     described.write_text(json.dumps({"model": {"dim": 24, "colour": 3}, "memory": {}}))
     with pytest.raises(CheckpointError, match="describes no model"):
