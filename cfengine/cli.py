@@ -163,12 +163,15 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="the model's")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a core", min=1)] = None,
     format: Annotated[str, typer.Option(help="How pixels lie: rgba8 or nv12.")] = "rgba8",
+    memory: Annotated[
+        str, typer.Option(help="Where frames lie: host; on a GPU opaque_fd (Vulkan and CUDA) or cuda_ipc (CUDA alone).")
+    ] = "host",
 ) -> None:
     """Show a live video to games and other programs through shared memory, and take their events (docs/embed.md)."""
     from cfengine.cli_serve import Request, run
 
     with sentences():
-        code = run(Request(ring, prompt, model, seconds, seed, device, dtype, threads, format))
+        code = run(Request(ring, prompt, model, seconds, seed, device, dtype, threads, format, memory))
     raise typer.Exit(code)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cfengine.embed import Format, Reader
+from cfengine.choices import device_type
+from cfengine.embed import Format, Memory, Reader
+from cfengine.embed.cuda_memory import load_driver
 from cfengine.engine import Engine
 from cfengine.errors import ConfigError, RingError
 
@@ -28,6 +30,7 @@ class Request:
     dtype: str | None
     threads: int | None
     format: str
+    memory: str = "host"
 
 
 def run(request: Request) -> int:
@@ -41,7 +44,8 @@ def run(request: Request) -> int:
         say(
             f"ring {request.ring}: {video.width}x{video.height}, {video.fps} frames/s, {request.format}; Ctrl-C ends it"
         )
-        say(f"look at it with csrc/client/samples/sdl (docs/hosts.md): build/view/cfengine_view {request.ring}")
+        if request.memory == "host":
+            say(f"look at it with csrc/client/samples/sdl (docs/hosts.md): build/view/cfengine_view {request.ring}")
         with stopping() as stop:
             done = engine.publish(
                 request.prompt,
@@ -51,6 +55,7 @@ def run(request: Request) -> int:
                 stop=stop.is_set,
                 say=say,
                 format=request.format,
+                memory=request.memory,
             )
     say(
         f"{done.frames} frames, {done.late} of {done.chunks} chunks late, {done.reduced} with less effort, "
@@ -65,6 +70,14 @@ def check(request: Request) -> None:
         raise ConfigError(f"--seconds is {request.seconds}; give a number, or leave it out to go on until Ctrl-C")
     if request.format not in (names := [made.name.lower() for made in Format]):
         raise ConfigError(f"--format is {request.format!r}; choose one of {', '.join(names)}")
+    if request.memory not in (names := [made.name.lower() for made in Memory]):
+        raise ConfigError(f"--memory is {request.memory!r}; choose one of {', '.join(names)}")
+    if request.memory != "host":
+        if device_type(request.device) != "cuda":
+            raise ConfigError(
+                f"--memory {request.memory} is memory of a GPU, and --device is {request.device}; say cuda"
+            )
+        load_driver()
     try:
         Reader(request.ring).close()
     except RingError as error:

@@ -284,6 +284,12 @@ def has_display() -> bool:
     )
 
 
+def runtime_dir() -> Path | None:
+    """Folder of this user's sockets, $XDG_RUNTIME_DIR, where there is one."""
+    named = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(named) if named else None
+
+
 def cache_dir() -> Path:
     """Folder for prompt embeddings and measurements: $CFENGINE_CACHE_DIR, else ~/.cache/cfengine."""
     return Path(os.environ.get("CFENGINE_CACHE_DIR") or Path.home() / ".cache" / "cfengine")

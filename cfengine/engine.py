@@ -215,12 +215,14 @@ class Engine:
         image: Pictures | None = None,
         video: Pictures | None = None,
         policy: str | None = None,
+        frames: str = "host",
     ) -> Session:
         """Open a live video, which may have a past; frames of that are not given again, and indices go on after them.
 
         latents: (frames, channels, height, width), whole chunks      image: (H, W, 3) uint8 RGB, or a file
         video: (n, H, W, 3) uint8 RGB of any length, or a file      see `Past` for how pictures are fitted to chunks
         policy: another memory rule over the same number of slots
+        frames: "host", or on a GPU "device": `Frame.pixels` is then a tensor there, and nothing is copied to the host
         On a GPU, pages and captured graphs of a session that was closed or dropped serve the next one; they are let go
         where memory is short, and when the engine is closed.
         Raises PromptError, ConfigError for a bad seed or past, CapacityError for one more than `max_sessions`,
@@ -228,11 +230,12 @@ class Engine:
         """
         self._check_open()
         check_seed(seed)
+        on_device = self._stay(frames)
         given = [name for name, past in (("latents", latents), ("image", image), ("video", video)) if past is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} are given; a session goes on from one of them")
         pictures = Past(self.config, image=image, video=video) if given and latents is None else None
-        session = self._alone(prompt, seed, self._ruled(policy))
+        session = self._alone(prompt, seed, self._ruled(policy), on_device)
         with _closed_on_error(session):
             if latents is not None:
                 session.prime(latents)
@@ -248,9 +251,21 @@ class Engine:
                 latents = encoder.encode(frames)
             session.prime(latents)
 
-    def resume(self, snapshot: Snapshot) -> Session:
+    def _stay(self, frames: str) -> bool:
+        """Whether frames stay on the device.  Raises ConfigError for what cannot be."""
+        if frames not in ("host", "device"):
+            raise ConfigError(f"frames is {frames!r}; choose 'host' or 'device'")
+        if frames == "device" and self._runtime is None:
+            raise ConfigError(
+                f"frames can stay on a GPU alone, and this engine runs on {self.device}; load it with device='cuda', "
+                "or ask for frames in host memory"
+            )
+        return frames == "device"
+
+    def resume(self, snapshot: Snapshot, *, frames: str = "host") -> Session:
         """Open a session at a snapshot; it goes on bit for bit as the one that was taken would have.
 
+        frames: see `session`
         Raises SnapshotError for a snapshot of another model or configuration, else as `session`.
         """
         self._check_open()
@@ -259,7 +274,8 @@ class Engine:
             with suppress(ConfigError):  # where it cannot be, the snapshot is not of this engine
                 config = self._ruled(policy)
         snapshot.check_made_for(self._fits(config))
-        session = self._alone(first_text(snapshot.about["director"]), snapshot.about["seed"], config)
+        prompt, seed = first_text(snapshot.about["director"]), snapshot.about["seed"]
+        session = self._alone(prompt, seed, config, self._stay(frames))
         with _closed_on_error(session):
             session.rewind(snapshot)
         return session
@@ -300,11 +316,11 @@ class Engine:
             lane.leave(place)
             raise
 
-    def _alone(self, prompt: str, seed: int, config: EngineConfig) -> Session:
+    def _alone(self, prompt: str, seed: int, config: EngineConfig, on_device: bool) -> Session:
         """A session with a lane of its own."""
         lane = self._lanes.alone(seed, config)
         try:
-            session = self._session(lane, prompt, seed, config, partial(self._left, lane))
+            session = self._session(lane, prompt, seed, config, partial(self._left, lane), on_device=on_device)
         except BaseException as error:
             if not isinstance(error, PromptError):  # which leaves the lane as it was
                 lane.close()
@@ -317,10 +333,12 @@ class Engine:
         self._sessions.discard(session)
         self._lanes.keep(lane, session)
 
-    def _session(self, lane: Lane, prompt: str, seed: int, config: EngineConfig, on_close, place=None) -> Session:
+    def _session(
+        self, lane: Lane, prompt: str, seed: int, config: EngineConfig, on_close, place=None, on_device: bool = False
+    ) -> Session:
         session = Session(
             config, lane, self._prompts, prompt, seed, on_close, place=place, made_for=self._fits(config),
-            resume=self.resume,
+            resume=self.resume, on_device=on_device,
         )  # fmt: skip
         self._sessions.add(session)
         return session
@@ -364,16 +382,19 @@ class Engine:
         stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
         format: str = "rgba8",
+        memory: str = "host",
     ) -> Published:
         """Play a new session into a frame ring until `num_frames` are out or `stop()` says so; returns the counts.
 
         ring: its name, which programs open (docs/embed.md); it is made here and goes with the return
         format: "rgba8" or "nv12"      say: told one sentence for each event of a program that makes no sense
+        memory: "host", or on a GPU "opaque_fd" or "cuda_ipc": frames never leave the card (see `Ring`)
         Raises RingError where the ring cannot be made, and as `session`.
         """
         from cfengine.serve import publish  # late: it needs the compiled extension
 
-        return publish(self, prompt, ring, seed=seed, num_frames=num_frames, stop=stop, say=say, format=format)
+        about = {"seed": seed, "num_frames": num_frames, "format": format, "memory": memory}
+        return publish(self, prompt, ring, stop=stop, say=say, **about)
 
     def _check_open(self) -> None:
         if self._closed:

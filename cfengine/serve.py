@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from cfengine.embed import (
@@ -13,6 +14,7 @@ from cfengine.embed import (
     Event,
     Flags,
     Format,
+    Memory,
     PauseEvent,
     PromptEvent,
     ResetEvent,
@@ -62,19 +64,28 @@ def publish(
     stop: Callable[[], bool],
     say: Callable[[str], None],
     format: str,
+    memory: str,
 ) -> Published:
     """See `Engine.publish`."""
     check_num_frames(num_frames)
-    names = {made.name.lower(): made for made in Format}
-    if format not in names:
-        raise ConfigError(f"unknown format {format!r}; choose one of {', '.join(names)}")
+    look, home = chosen(Format, "format", format), chosen(Memory, "memory", memory)
     video = engine.config.video
     slots = max(24, 2 * engine.config.memory.chunk_frames * video.temporal_stride)
     with (
-        engine.session(prompt, seed=seed) as session,
-        Ring(ring, video.width, video.height, fps=video.fps, format=names[format], slots=slots) as made,
+        engine.session(prompt, seed=seed, frames="host" if home is Memory.HOST else "device") as session,
+        Ring(
+            ring, video.width, video.height, fps=video.fps, format=look, slots=slots, memory=home, device=engine.device
+        ) as made,
     ):
         return Publisher(session, made, say=say).run(num_frames=num_frames, stop=stop)
+
+
+def chosen(kind: type[IntEnum], what: str, name: str) -> IntEnum:
+    """The member of this name in small letters.  Raises ConfigError."""
+    names = {made.name.lower(): made for made in kind}
+    if name not in names:
+        raise ConfigError(f"unknown {what} {name!r}; choose one of {', '.join(names)}")
+    return names[name]
 
 
 def now() -> float:

@@ -42,11 +42,13 @@ class Session:
         *,
         place: int | None = None,
         made_for: dict[str, Any] | None = None,
-        resume: Callable[[Snapshot], Session] | None = None,
+        resume: Callable[..., Session] | None = None,
+        on_device: bool = False,
     ) -> None:
         """on_close: told once; whoever opened the lane has it back then      place: in the lane of a batch
 
         made_for: what a snapshot that fits says of itself      resume: opens a session at one
+        on_device: frames stay on the GPU (`Engine.session`)
         """
         self.config, self.seed = config, seed
         self.latents: Tensor | None = None  # of the newest chunk: (chunk_frames, channels, height, width) float32
@@ -55,6 +57,7 @@ class Session:
         self._on_close: Callable[[Session], None] | None = on_close
         self._batched = place is not None
         self._effort = 0  # level of the next chunk
+        self._on_device = on_device
         self._cut = False  # the next frame follows nothing
         self._start = 0  # first latent frame of the next chunk
         self._index = 0  # next video frame
@@ -167,13 +170,15 @@ class Session:
     def branch(self) -> Session:
         """Another session that goes on from here with the same seed and the events that wait; a batch's is alone.
 
+        Its frames are where this one's are.
+
         Given the same events both show the same, bit for bit. In an engine with `max_sessions` they share their pages,
         until one of the two writes them.  Raises as `Engine.session` does.
         """
         here = self._here()
         if self._resume is None:
             raise CFEngineError("this session was not opened by an engine; branch sessions of Engine.session(...)")
-        return self._resume(here)
+        return self._resume(here, frames="device" if self._on_device else "host")
 
     def rewind(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of this session, or of another that fits: frames, seed, prompts and events as then.
@@ -244,7 +249,7 @@ class Session:
         self._start = 0 if reset else self._start
         self.seed = self.seed if seed is None else seed
         self._cut |= reset
-        return Step(self._start, self.seed, keys, flush, cut, recache, reset, self._effort)
+        return Step(self._start, self.seed, keys, flush, cut, recache, reset, self._effort, self._on_device)
 
     def _accept(self, chunk: Chunk | Exception) -> list[Frame]:
         """Count a chunk that the lane has made.  Raises what went wrong in this session alone."""
@@ -268,7 +273,7 @@ class Session:
         self._chunks += 1
         return self._wrap(chunk.pixels, timings)
 
-    def _wrap(self, pixels: np.ndarray, timings: ChunkTimings) -> list[Frame]:
+    def _wrap(self, pixels: np.ndarray | Tensor, timings: ChunkTimings) -> list[Frame]:
         first, fps = self._index, self.config.video.fps
         self._index += len(pixels)
         told = self._director.last_event_id, self._director.applied_at_chunk

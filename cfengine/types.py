@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class LayerEvents:
 class Receipt:
     """When an event of `Session.push` was heard, and when it was first seen; seconds of `time.monotonic()`.
 
-    pushed: `push` was called      applied: the chunk that shows it began      shown: its frames were in host memory
+    pushed: `push` was called      applied: the chunk that shows it began
+    shown: its frames were in host memory, or on the GPU where they stay there
     """
 
     event_id: int
@@ -43,7 +48,7 @@ class ChunkTimings:
     `denoise` covers the denoise passes, `decode` the codec; `clean` is the clean pass of the *previous* chunk, since
     frames leave before their own clean pass is through. `text` is the time that the session waited for a prompt's
     encoding (first chunk of a prompt only; none where it was encoded beside the chunks).
-    A CPU is timed by the clock. On a GPU its own events are read, `decode` counts the copy to host memory, and runs
+    A CPU is timed by the clock. On a GPU its own events are read, `decode` counts the copy out of the decoder, and runs
     beside the clean pass of the same chunk, so that the parts add up to more than a chunk takes. `memory` is what
     happened since the frames before: in the clean pass of the previous chunk and the denoise passes of this one.
     `recache` is what a switch of that name cost before the chunk. `events` are those that this chunk is the first to
@@ -72,14 +77,15 @@ class ChunkTimings:
 class Frame:
     """One video frame.
 
-    pixels: (height, width, 3) uint8 RGB      index: 0, 1, 2, ... since the start of the session
+    pixels: (height, width, 3) uint8 RGB, an array; of a session with frames="device" a tensor on the GPU, complete, to
+    be read in any stream and not to be written      index: 0, 1, 2, ... since the start of the session
     time: presentation time in seconds (index / fps)      timings: of the chunk this frame belongs to
     last_event_id: of the newest event of `Session.push` that this frame shows, 0 where there was none
     applied_at_chunk: the first chunk that shows it (`ChunkTimings.chunk`), None where there was none
     cut: it follows nothing: the first frame after a `Reset`
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Tensor
     index: int
     time: float
     timings: ChunkTimings

@@ -61,13 +61,30 @@ class Handle {
     const char* what_;
 };
 
-cf_writer* create(const std::string& name, uint32_t format, uint32_t width, uint32_t height, uint32_t fps_numerator,
-                  uint32_t fps_denominator, uint32_t readers, uint32_t slots, uint32_t events, int64_t stall_ns) {
-    const cf_writer_info info = {name.c_str(),    format,  width, height, fps_numerator,
-                                 fps_denominator, readers, slots, events, stall_ns};
+cf_writer_info info_of(const std::string& name, uint32_t format, uint32_t width, uint32_t height,
+                       uint32_t fps_numerator, uint32_t fps_denominator, uint32_t readers, uint32_t slots,
+                       uint32_t events, int64_t stall_ns, uint32_t memory, const std::string& handle_socket) {
+    return {name.c_str(), format, width,  height,   fps_numerator, fps_denominator,
+            readers,      slots,  events, stall_ns, memory,        handle_socket.c_str()};
+}
+
+template <class... Arguments>
+cf_writer* create(const Arguments&... arguments) {
+    const cf_writer_info info = info_of(arguments...);
     cf_writer* writer = nullptr;
     check(cf_writer_create(&info, &writer));
     return writer;
+}
+
+uint64_t frame_stride(const std::string& name, uint32_t format, uint32_t width, uint32_t height, uint32_t fps_numerator,
+                      uint32_t fps_denominator, uint32_t readers, uint32_t slots, uint32_t events, int64_t stall_ns,
+                      uint32_t memory) {
+    const std::string none;
+    const cf_writer_info info = info_of(name, format, width, height, fps_numerator, fps_denominator, readers, slots,
+                                        events, stall_ns, memory, none);
+    uint64_t bytes = 0;
+    check(cf_writer_frame_stride(&info, &bytes));
+    return bytes;
 }
 
 class RingWriter {
@@ -92,6 +109,33 @@ class RingWriter {
         const std::lock_guard<std::mutex> lock(publishing_);
         check(cf_writer_publish(writer.get(), from, &info, &id));
         return id;
+    }
+
+    // A slot of device memory to be filled: (offsets, strides) of both planes.
+    py::tuple begin() {
+        const auto writer = writer_.get();
+        const std::lock_guard<std::mutex> lock(publishing_);
+        cf_writable slot;
+        check(cf_writer_begin(writer.get(), &slot));
+        return py::make_tuple(py::make_tuple(slot.offsets[0], slot.offsets[1]),
+                              py::make_tuple(slot.strides[0], slot.strides[1]));
+    }
+
+    // Show that slot, whose id this is.
+    uint64_t commit(int64_t pts_ns, uint64_t chunk, uint64_t last_event_id, uint64_t applied_at_chunk, uint32_t flags) {
+        const cf_publish_info info = {pts_ns, chunk, last_event_id, applied_at_chunk, flags};
+        const auto writer = writer_.get();
+        const std::lock_guard<std::mutex> lock(publishing_);
+        check(cf_writer_commit(writer.get(), &info));
+        cf_writer_stats stats;
+        cf_writer_stats_get(writer.get(), &stats);
+        return stats.published;
+    }
+
+    void cancel() {
+        const auto writer = writer_.get();
+        const std::lock_guard<std::mutex> lock(publishing_);
+        cf_writer_cancel(writer.get());
     }
 
     // [(kind, id, pushed_ns, text | (code, value) | (position, orientation, time_ns) | None)]
@@ -139,6 +183,7 @@ cf_session* open(const std::string& name, int64_t lease_ns) {
     cf_session* session = nullptr;
     info.name = name.c_str();
     info.lease_ns = lease_ns;
+    info.flags = CF_SESSION_DEVICE_MEMORY;
     check(cf_session_open(&info, &session));
     return session;
 }
@@ -162,6 +207,7 @@ py::array_t<uint8_t> view(const std::shared_ptr<cf_session>& session, const cf_p
 
 py::tuple planes_of(const std::shared_ptr<cf_session>& session, const cf_frame& frame) {
     const py::ssize_t height = frame.height, width = frame.width;
+    if (frame.memory != CF_MEMORY_HOST) return py::tuple();
     if (frame.format == CF_FORMAT_RGBA8) return py::make_tuple(view(session, frame.planes[0], {height, width, 4}));
     return py::make_tuple(view(session, frame.planes[0], {height, width}),
                           view(session, frame.planes[1], {height / 2, width / 2, 2}));
@@ -192,7 +238,11 @@ class RingReader {
                         py::arg("pts_ns") = frame.pts_ns, py::arg("ready_ns") = frame.ready_ns,
                         py::arg("chunk") = frame.chunk_index, py::arg("last_event_id") = frame.last_event_id,
                         py::arg("applied_at_chunk") = frame.applied_at_chunk, py::arg("flags") = frame.flags,
-                        py::arg("format") = frame.format, py::arg("planes") = planes_of(session, frame));
+                        py::arg("format") = frame.format, py::arg("memory") = frame.memory,
+                        py::arg("width") = frame.width, py::arg("height") = frame.height,
+                        py::arg("offsets") = py::make_tuple(frame.offsets[0], frame.offsets[1]),
+                        py::arg("strides") = py::make_tuple(frame.planes[0].stride, frame.planes[1].stride),
+                        py::arg("planes") = planes_of(session, frame));
     }
 
     void release(uint64_t id) {
@@ -200,6 +250,24 @@ class RingReader {
         const py::gil_scoped_release release;
         const std::lock_guard<std::mutex> lock(consuming_);
         check(cf_frame_release(session.get(), id));
+    }
+
+    // What the writer gives of its device memory; the file descriptor is the caller's.
+    py::dict device_memory() {
+        const auto session = session_.get();
+        cf_device_memory memory = CF_DEVICE_MEMORY_INIT;
+        {
+            const py::gil_scoped_release release;
+            const std::lock_guard<std::mutex> lock(consuming_);
+            check(cf_session_device_memory(session.get(), &memory));
+        }
+        const auto bytes = [](const uint8_t* data, size_t size) {
+            return py::bytes(reinterpret_cast<const char*>(data), size);
+        };
+        return py::dict(py::arg("memory") = memory.memory, py::arg("generation") = memory.generation,
+                        py::arg("size") = memory.size, py::arg("frame_stride") = memory.frame_stride,
+                        py::arg("slots") = memory.slots, py::arg("uuid") = bytes(memory.device_uuid, 16),
+                        py::arg("fd") = memory.fd, py::arg("ipc_handle") = bytes(memory.ipc_handle, 64));
     }
 
     uint64_t push_event(cf_event& event) {
@@ -243,8 +311,8 @@ class RingReader {
         return py::dict(py::arg("state") = state.state, py::arg("writer_alive") = state.writer_alive != 0,
                         py::arg("generation") = state.generation, py::arg("heartbeat_ns") = state.heartbeat_ns,
                         py::arg("newest_id") = state.newest_id, py::arg("format") = state.format,
-                        py::arg("width") = state.width, py::arg("height") = state.height,
-                        py::arg("fps_numerator") = state.fps_numerator,
+                        py::arg("memory") = state.memory, py::arg("width") = state.width,
+                        py::arg("height") = state.height, py::arg("fps_numerator") = state.fps_numerator,
                         py::arg("fps_denominator") = state.fps_denominator, py::arg("slots") = state.slots,
                         py::arg("readers") = state.readers);
     }
@@ -326,11 +394,19 @@ void register_ring(py::module_& m) {
     m.def(
         "ring_unlink", [](const std::string& name) { check(cf_writer_unlink(name.c_str())); }, py::arg("name"),
         "Take away the name of a ring whose writer is dead.");
+    m.def("ring_frame_stride", &frame_stride, py::arg("name"), py::arg("format"), py::arg("width"), py::arg("height"),
+          py::arg("fps_numerator"), py::arg("fps_denominator"), py::arg("readers"), py::arg("slots"), py::arg("events"),
+          py::arg("stall_ns"), py::arg("memory"), "Bytes from one slot's frame to the next in a ring of such sizes.");
     py::class_<RingWriter>(m, "RingWriter")
         .def(py::init<std::string, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
-                      int64_t>(),
+                      int64_t, uint32_t, std::string>(),
              py::arg("name"), py::arg("format"), py::arg("width"), py::arg("height"), py::arg("fps_numerator"),
-             py::arg("fps_denominator"), py::arg("readers"), py::arg("slots"), py::arg("events"), py::arg("stall_ns"))
+             py::arg("fps_denominator"), py::arg("readers"), py::arg("slots"), py::arg("events"), py::arg("stall_ns"),
+             py::arg("memory"), py::arg("handle_socket"))
+        .def("begin", &RingWriter::begin)
+        .def("commit", &RingWriter::commit, py::arg("pts_ns"), py::arg("chunk"), py::arg("last_event_id"),
+             py::arg("applied_at_chunk"), py::arg("flags"))
+        .def("cancel", &RingWriter::cancel)
         .def("publish", &RingWriter::publish, py::arg("pixels").noconvert(), py::arg("pts_ns"), py::arg("chunk"),
              py::arg("last_event_id"), py::arg("applied_at_chunk"), py::arg("flags"))
         .def("take_events", &RingWriter::take_events)
@@ -344,6 +420,7 @@ void register_ring(py::module_& m) {
         .def(py::init<std::string, int64_t>(), py::arg("name"), py::arg("lease_ns"))
         .def("acquire", &RingReader::acquire, py::arg("policy"), py::arg("display_time_ns"), py::arg("timeout_ns"))
         .def("release", &RingReader::release, py::arg("id"))
+        .def("device_memory", &RingReader::device_memory)
         .def("push_prompt", &RingReader::push_prompt, py::arg("text"))
         .def("push_action", &RingReader::push_action, py::arg("code"), py::arg("value"))
         .def("push_pose", &RingReader::push_pose, py::arg("position"), py::arg("orientation"), py::arg("time_ns"))

@@ -48,7 +48,9 @@ ALLOWED: dict[str, set[str] | None] = {
         "device",
         "loading",
         "serve",
+        "stream",
     },
+    "stream": {"session"},
     "loading": {"choices", "sources", "codec", "model", "device"},  # parts of an engine, from a name
     "sources": {"model", "checkpoint"},  # sizes of a checkpoint are read off its tensors, or said beside them
     "session": {"scheduler", "memory", "device", "snapshot"},

@@ -24,6 +24,14 @@ class Format(IntEnum):
     NV12 = 2
 
 
+class Memory(IntEnum):
+    """Where frames lie: in memory that every program maps, or on a GPU, for CUDA alone or for Vulkan too."""
+
+    HOST = 1
+    CUDA_IPC = 2
+    OPAQUE_FD = 3
+
+
 class Policy(IntEnum):
     """Which frame a reader wants: the newest, the next that it has not had, or the nearest to a display time."""
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from torch import Tensor
 
+from cfengine.embed.cuda_memory import DeviceHandle
+from cfengine.embed.device import planes_in
 from cfengine.embed.events import PLAIN_KINDS, ActionEvent, Event, PoseEvent, PromptEvent
-from cfengine.embed.names import Flags, Format, Policy, State
+from cfengine.embed.names import Flags, Format, Memory, Policy, State
 from cfengine.embed.native import load
 from cfengine.errors import RingError
 
@@ -27,6 +30,7 @@ class RingState:
     heartbeat_ns: int
     newest_id: int
     format: Format
+    memory: Memory
     width: int
     height: int
     fps: Fraction
@@ -40,6 +44,8 @@ class RingFrame:
 
     planes: read-only views of the ring's own memory, of RGBA8 one (height, width, 4), of NV12 (height, width) and
     (height / 2, width / 2, 2). After the release they still may be read, and show whatever the slot holds by then.
+    None where the frame is in device memory: each plane then begins at its offset, with so many bytes a row, in the
+    memory of `Reader.device_memory`, if that has this generation.
     """
 
     reader: Reader
@@ -52,12 +58,26 @@ class RingFrame:
     applied_at_chunk: int
     flags: Flags
     format: Format
+    memory: Memory
+    width: int
+    height: int
+    offsets: tuple[int, int]
+    strides: tuple[int, int]
     planes: tuple[np.ndarray, ...]
 
     @property
     def pixels(self) -> np.ndarray:
-        """The first plane."""
+        """The first plane; RingError where it is in device memory."""
+        if not self.planes:
+            raise RingError(
+                f"frame {self.id} is in device memory ({self.memory.name.lower()}); map Reader.device_memory() and see "
+                "RingFrame.planes_in"
+            )
         return self.planes[0]
+
+    def planes_in(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """Its planes as views of device memory that was mapped. memory: all of it, (bytes,) uint8"""
+        return planes_in(memory, self.format, self.width, self.height, self.offsets, self.strides)
 
     def release(self) -> None:
         """Let go. RingError whose `result` is "CF_ERROR_LEASE_LOST" where the frame had been taken back before."""
@@ -90,11 +110,20 @@ class Reader:
         found = self._reader.acquire(int(policy), display_time_ns, round(timeout * 1e9))
         if found is None:
             return None
-        found |= {"flags": Flags(found["flags"]), "format": Format(found["format"])}
+        found |= {
+            "flags": Flags(found["flags"]),
+            "format": Format(found["format"]),
+            "memory": Memory(found["memory"]),
+        }
         return RingFrame(reader=self, **found)
 
     def release(self, frame: RingFrame) -> None:
         self._reader.release(frame.id)
+
+    def device_memory(self) -> DeviceHandle:
+        """Ask the writer for the memory that holds the frames; see cf_session_device_memory. Once a generation."""
+        found = self._reader.device_memory()
+        return DeviceHandle(**found | {"memory": Memory(found["memory"])})
 
     def push(self, event: Event) -> int:
         """Queue an event.  -> its id. RingError with `result` "CF_ERROR_QUEUE_FULL" where there is no room."""
@@ -111,7 +140,8 @@ class Reader:
     def state(self) -> RingState:
         found = self._reader.state()
         rate = Fraction(found.pop("fps_numerator"), found.pop("fps_denominator"))
-        return RingState(**found | {"state": State(found["state"]), "format": Format(found["format"]), "fps": rate})
+        named = {"state": State(found["state"]), "format": Format(found["format"]), "memory": Memory(found["memory"])}
+        return RingState(**found | named | {"fps": rate})
 
     def stats(self) -> dict[str, int]:
         """Counts since the session was opened, named as in cf_stats."""

@@ -30,7 +30,7 @@ class Marks:
     began: Any
     denoised: Any
     taken: Any  # the decoder has its own copy of the latents
-    decoded: Any  # frames are in host memory
+    decoded: Any  # frames are in host memory, or where they stay
     cleaned: Any
 
 
@@ -41,7 +41,7 @@ class HostBuffers:
     frames: list[Tensor]
     shown: list[Shown]
     finite: Tensor  # (places,) bool, of the latents
-    counts: list[int | Exception]  # frames in use, or what its decoder raised
+    drawn: list[Tensor | Exception]  # those of `frames` in use, or frames on the device, or what its decoder raised
 
 
 class DeviceLane:
@@ -173,7 +173,7 @@ class DeviceLane:
         shown = [Shown(*(pinned(tuple(t.shape), t.dtype) for t in memory.shown())) for memory in self.memories]
         finite = pinned((len(self.memories),), torch.bool)
         frames = [pinned(shape, torch.uint8) for _ in self.memories]
-        return HostBuffers(frames, shown, finite, [0] * len(self.memories))
+        return HostBuffers(frames, shown, finite, list(frames))
 
     @torch.inference_mode()
     def run(self, steps: list[Step]) -> list[Chunk | Exception]:
@@ -182,7 +182,7 @@ class DeviceLane:
             latents = self._launch(steps)
             self._runtime.lend(latents)
             self._noise.draw([(step.seed, step.start + self._frames) for step in steps])
-            return self._collect(latents, shared_effort(steps), any(step.recache for step in steps))
+            return self._collect(latents, steps)
 
     def _launch(self, steps: list[Step]) -> Tensor:
         """Queue a chunk; returns its latents, (sessions * frames, channels, height, width), on the way."""
@@ -213,7 +213,7 @@ class DeviceLane:
                 self.memories[place].show(host.shown[place])
             host.finite[: len(steps)].copy_(program.finite, non_blocking=True)
             marks.denoised.record()
-        self._queue_decode(marks, host)
+        self._queue_decode(marks, host, steps)
         with runtime.on(runtime.compute), span("clean"):
             with self._order:
                 clean()
@@ -247,36 +247,36 @@ class DeviceLane:
         for place, step in enumerate(steps):
             self._program.set(place, step.start, step.cut, step.cross)
 
-    def _queue_decode(self, marks: Marks, host: HostBuffers) -> None:
-        """Latents to frames in host memory, on the other stream, from `marks.denoised` on."""
+    def _queue_decode(self, marks: Marks, host: HostBuffers, steps: list[Step]) -> None:
+        """Latents to frames, in host memory or in tensors of their own, on the other stream after `marks.denoised`."""
         runtime = self._runtime
         with runtime.on(runtime.decoding), span("decode"):
             runtime.decoding.wait_event(marks.denoised)
             for place, part in enumerate(self._program.x0.split(self._frames)[: len(self._begun)]):
                 self._decode[place].latents.copy_(part)
             marks.taken.record()
-            for place in range(len(self._begun)):
+            for place, step in enumerate(steps):
                 try:
-                    host.counts[place] = self._drawn(place, host.frames[place])
+                    host.drawn[place] = self._drawn(place, None if step.on_device else host.frames[place])
                 except Exception as error:  # of one session alone
-                    host.counts[place] = error
+                    host.drawn[place] = error
             marks.decoded.record()
 
-    def _drawn(self, place: int, out: Tensor) -> int:
-        """Queue the frames of a session; returns how many there are."""
+    def _drawn(self, place: int, out: Tensor | None) -> Tensor:
+        """Queue the frames of a session; returns them as they will be, in `out`, or on the device as their owner's."""
         first, later = self._draw[place]
         frames = later() if self._begun[place] else first()
         self._begun[place] = True
-        out[: len(frames)].copy_(frames, non_blocking=True)
-        return len(frames)
+        return frames.clone() if out is None else out[: len(frames)].copy_(frames, non_blocking=True)
 
-    def _collect(self, latents: Tensor, effort: int, recached: bool) -> list[Chunk | Exception]:
+    def _collect(self, latents: Tensor, steps: list[Step]) -> list[Chunk | Exception]:
         """Wait for the frames of the chunk just launched; its clean pass may go on."""
+        effort = shared_effort(steps)
         marks, host, before = self._turn(0), self._host[self._chunks % 2], self._cleaned
         marks.decoded.synchronize()
         denoise, decode = _seconds(marks.began, marks.denoised), _seconds(marks.denoised, marks.decoded)
         clean = _seconds(before.denoised, before.cleaned) if before else 0.0
-        recache = _seconds(marks.opened, marks.began) if recached else 0.0
+        recache = _seconds(marks.opened, marks.began) if any(step.recache for step in steps) else 0.0
         shown, self._shown = self._shown, host.shown[: len(self._shown)]
         events = [old.events_until(new) for old, new in zip(shown, self._shown, strict=True)]
         self._cleaned = marks
@@ -285,15 +285,17 @@ class DeviceLane:
         level = self._scheduler.schedule.efforts[effort]
         told = effort, len(level.passes), level.near
         for place, (part, event) in enumerate(zip(latents.split(self._frames), events, strict=True)):
-            count = host.counts[place]
+            frames = host.drawn[place]
             if (failed := self._failed.get(place)) is not None:
                 made.append(failed)
             elif not host.finite[place]:
                 made.append(not_finite(part))
-            elif isinstance(count, Exception):
-                made.append(count)
+            elif isinstance(frames, Exception):
+                made.append(frames)
             else:
-                pixels = host.frames[place][:count].numpy().copy()
+                if steps[place].on_device:
+                    self._runtime.lend(frames)
+                pixels = frames if steps[place].on_device else frames.numpy().copy()
                 made.append(Chunk(pixels, part, denoise, decode, clean, event, recache, *told))
         return made
 
@@ -307,7 +309,7 @@ class DeviceLane:
             self._program.x0.copy_(latents)
             self._keep([step])
             marks.denoised.record()
-        self._queue_decode(marks, host)
+        self._queue_decode(marks, host, [step])
         with runtime.on(runtime.compute):
             with self._order:
                 self._passes[1][1]()
@@ -316,9 +318,9 @@ class DeviceLane:
         for event in (marks.decoded, marks.cleaned):
             event.synchronize()
         self._chunks, self._cleaned = self._chunks + 1, None
-        if isinstance(host.counts[0], Exception):
-            raise host.counts[0]
-        return host.counts[0]
+        if isinstance(host.drawn[0], Exception):
+            raise host.drawn[0]
+        return len(host.drawn[0])
 
     def state(self, place: int) -> dict[str, Tensor]:
         """See `Lane.state`."""

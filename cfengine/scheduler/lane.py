@@ -33,12 +33,13 @@ class Step(NamedTuple):
     recache: bool = False  # pages are computed again under this prompt first
     reset: bool = False  # everything is forgotten before that
     effort: int = 0  # level of `Schedule.efforts`
+    on_device: bool = False  # its frames stay where they are decoded
 
 
 class Chunk(NamedTuple):
     """What a session gets: pixels (frames, H, W, 3) uint8, latents as `Session.latents`, seconds of `ChunkTimings`."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Tensor  # a tensor where the step was `on_device`
     latents: Tensor
     denoise: float
     decode: float

@@ -93,17 +93,22 @@ static bool pin(cf_session* session, cf_mapped_ring* ring, choice chosen, int64_
 
 static void describe_planes(const cf_mapped_ring* ring, uint32_t slot, cf_frame* frame) {
     const cf_ring_layout* layout = &ring->layout;
-    const uint8_t* pixels = ring->frames + slot * layout->frame_bytes;
-    const bool nv12 = layout->format == CF_FORMAT_NV12;
+    const bool nv12 = layout->format == CF_FORMAT_NV12, host = ring->frames != NULL;
+    const uint64_t at = slot * cf_ring_frame_stride(layout);
+    const uint8_t* pixels = host ? ring->frames + at : NULL;
+    const uint8_t* chroma = host && nv12 ? pixels + layout->chroma_offset : NULL;
     frame->format = layout->format;
     frame->memory = layout->memory;
     frame->width = layout->width;
     frame->height = layout->height;
     frame->plane_count = nv12 ? 2 : 1;
     frame->planes[0] = (cf_plane){pixels, layout->strides[0], (uint64_t)layout->strides[0] * layout->height};
-    frame->planes[1] = nv12 ? (cf_plane){pixels + layout->chroma_offset, layout->strides[1],
-                                         (uint64_t)layout->strides[1] * (layout->height / 2)}
-                            : (cf_plane){NULL, 0, 0};
+    frame->planes[1] = nv12
+                           ? (cf_plane){chroma, layout->strides[1], (uint64_t)layout->strides[1] * (layout->height / 2)}
+                           : (cf_plane){NULL, 0, 0};
+    if (frame->header.struct_size < sizeof *frame) return; /* of a program of version 1.0 */
+    frame->offsets[0] = host ? 0 : at;
+    frame->offsets[1] = host || !nv12 ? 0 : at + layout->chroma_offset;
 }
 
 /* Tell about the pinned frame, and remember that this session had it. */
@@ -156,7 +161,7 @@ static cf_result attempt(cf_session* session, cf_mapped_ring* ring, const cf_acq
 static cf_result check_info(const cf_session* session, const cf_acquire_info* info, const cf_frame* frame) {
     if (session == NULL) return cf_fail(CF_ERROR_INVALID_ARGUMENT, "the session is NULL; open one");
     cf_result result = cf_check_struct(info, CF_STRUCT_ACQUIRE_INFO, sizeof *info, "cf_acquire_info");
-    if (result == CF_SUCCESS) result = cf_check_struct(frame, CF_STRUCT_FRAME, sizeof *frame, "cf_frame");
+    if (result == CF_SUCCESS) result = cf_check_struct(frame, CF_STRUCT_FRAME, CF_FRAME_LEAST, "cf_frame");
     if (result < 0) return result;
     if (info->policy > CF_POLICY_NEAREST || info->reserved != 0)
         return cf_fail(CF_ERROR_INVALID_ARGUMENT,

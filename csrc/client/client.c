@@ -12,8 +12,10 @@
 #define DOUBT_NS 250000000
 
 /* Structures grow at the end only; a size here never changes. */
-_Static_assert(sizeof(void*) != 8 || (sizeof(cf_frame) == 144 && sizeof(cf_event) == 64), "sizes are part of the ABI");
+_Static_assert(sizeof(void*) != 8 || (sizeof(cf_frame) == 160 && sizeof(cf_event) == 64), "sizes are part of the ABI");
 _Static_assert(sizeof(void*) != 8 || (sizeof(cf_session_state) == 80 && sizeof(cf_stats) == 120), "as above");
+_Static_assert(sizeof(void*) != 8 || (sizeof(cf_session_info) == 40 && sizeof(cf_device_memory) == 136), "as above");
+_Static_assert(sizeof(void*) != 8 || (CF_SESSION_INFO_LEAST == 32 && CF_FRAME_LEAST == 144), "sizes of version 1.0");
 
 int64_t cf_now_ns(void) { return cf_os_now_ns(); }
 
@@ -65,7 +67,7 @@ static cf_result map_parts(const cf_os_object* object, cf_mapped_ring* ring) {
     ring->shared = shared;
     ring->header = memory;
     ring->slots = (const cf_ring_slot*)(ring->memory + layout->slots_offset);
-    ring->frames = ring->memory + layout->frames_offset;
+    ring->frames = layout->memory == CF_MEMORY_HOST ? ring->memory + layout->frames_offset : NULL;
     ring->leases = shared;
     ring->queue = (cf_ring_queue*)(ring->shared + (layout->queue_offset - layout->leases_offset));
     return CF_SUCCESS;
@@ -79,6 +81,11 @@ static cf_result attach(cf_session* session, const cf_os_object* object, cf_mapp
     cf_result result = read_layout(session->name, object, &ring->layout);
     if (result == CF_NOT_READY)
         result = cf_fail(CF_ERROR_NOT_FOUND, "ring %s is only being made; try again", session->name);
+    if (result == CF_SUCCESS && ring->layout.memory != CF_MEMORY_HOST && !(session->flags & CF_SESSION_DEVICE_MEMORY))
+        result = cf_fail(CF_ERROR_MEMORY_KIND,
+                         "the frames of ring %s are in device memory, and this session takes host memory alone; open "
+                         "it with CF_SESSION_DEVICE_MEMORY, or start the writer with host memory",
+                         session->name);
     if (result == CF_SUCCESS) result = map_parts(object, ring);
     if (result == CF_SUCCESS) {
         result = cf_lease_claim(ring->leases, ring->layout.lease_count, session->self, ring->layout.writer_space,
@@ -163,7 +170,7 @@ void cf_session_follow(cf_session* session, int64_t now) {
 /* Sessions --------------------------------------------------------------------------------------------------------- */
 
 cf_result cf_session_open(const cf_session_info* info, cf_session** out) {
-    cf_result result = cf_check_struct(info, CF_STRUCT_SESSION_INFO, sizeof *info, "cf_session_info");
+    cf_result result = cf_check_struct(info, CF_STRUCT_SESSION_INFO, CF_SESSION_INFO_LEAST, "cf_session_info");
     if (result < 0) return result;
     if (out == NULL) return cf_fail(CF_ERROR_INVALID_ARGUMENT, "the place for the session is NULL; pass an address");
     *out = NULL;
@@ -174,10 +181,16 @@ cf_result cf_session_open(const cf_session_info* info, cf_session** out) {
         return cf_fail(CF_ERROR_INVALID_ARGUMENT,
                        "lease_ns is %lld but must be from 0 (default) to %lld; choose another",
                        (long long)info->lease_ns, (long long)CF_LONGEST_LEASE_NS);
+    const bool grown = info->header.struct_size >= sizeof *info;
+    if (grown && ((info->flags & ~CF_SESSION_DEVICE_MEMORY) != 0 || info->reserved != 0))
+        return cf_fail(CF_ERROR_INVALID_ARGUMENT,
+                       "flags %x (reserved %u) of cf_session_info are unknown; give CF_SESSION_* and 0", info->flags,
+                       info->reserved);
     cf_session* session = calloc(1, sizeof *session);
     if (session == NULL) return cf_fail(CF_ERROR_OUT_OF_MEMORY, "no memory for a session on ring %s", info->name);
     memcpy(session->name, info->name, strlen(info->name));
     session->lease_ns = info->lease_ns != 0 ? info->lease_ns : CF_DEFAULT_LEASE_NS;
+    session->flags = grown ? info->flags : 0;
     session->self = cf_os_self();
     atomic_flag_clear(&session->following);
     cf_os_object object;

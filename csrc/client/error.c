@@ -52,6 +52,12 @@ const char* cf_result_name(cf_result result) {
             return "CF_ERROR_OUT_OF_MEMORY";
         case CF_ERROR_SYSTEM:
             return "CF_ERROR_SYSTEM";
+        case CF_ERROR_MEMORY_KIND:
+            return "CF_ERROR_MEMORY_KIND";
+        case CF_ERROR_TIMEOUT:
+            return "CF_ERROR_TIMEOUT";
+        case CF_ERROR_UNSUPPORTED:
+            return "CF_ERROR_UNSUPPORTED";
         default:
             return "CF_UNKNOWN";
     }

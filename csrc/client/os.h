@@ -4,6 +4,7 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "cfengine_client.h"
@@ -53,5 +54,13 @@ uint64_t cf_os_time_ns(void);
 /* Sleep until cf_os_wake(word), at most `ns`, unless *word is no longer `seen`. May return early. */
 void cf_os_wait(const _Atomic uint32_t* word, uint32_t seen, int64_t ns);
 void cf_os_wake(const _Atomic uint32_t* word);
+
+/* Connect to the Unix socket of the ring `name` at `path` and take one packet of at most `most` bytes, waiting until
+ * `until_ns` at the latest; the rest of a longer one is dropped. *fd: the file descriptor that came with it, the
+ * caller's from then on; -1 without one. NOT_FOUND: nobody listens. ACCESS: another user does. TIMEOUT. BAD_RING: more
+ * than one descriptor. UNSUPPORTED: not on this system. SYSTEM. */
+cf_result cf_os_receive(const char* name, const char* path, int64_t until_ns, void* packet, size_t most, size_t* size,
+                        int* fd);
+void cf_os_close_fd(int fd);
 
 #endif

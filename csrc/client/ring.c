@@ -17,6 +17,8 @@ cf_result cf_ring_plan(const char* name, cf_ring_layout* ring) {
     const bool nv12 = ring->format == CF_FORMAT_NV12;
     if (!nv12 && ring->format != CF_FORMAT_RGBA8)
         return refuse(name, "format", ring->format, CF_FORMAT_RGBA8, CF_FORMAT_NV12);
+    if (ring->memory < CF_MEMORY_HOST || ring->memory > CF_MEMORY_OPAQUE_FD)
+        return refuse(name, "memory", ring->memory, CF_MEMORY_HOST, CF_MEMORY_OPAQUE_FD);
     if (ring->width < 1 || ring->width > CF_RING_MOST_PIXELS)
         return refuse(name, "width", ring->width, 1, CF_RING_MOST_PIXELS);
     if (ring->height < 1 || ring->height > CF_RING_MOST_PIXELS)
@@ -36,14 +38,15 @@ cf_result cf_ring_plan(const char* name, cf_ring_layout* ring) {
         return cf_fail(CF_ERROR_INVALID_ARGUMENT, "ring %s: %u/%u frames a second; both numbers must be positive", name,
                        ring->fps_numerator, ring->fps_denominator);
     ring->version_major = CF_RING_MAJOR;
-    ring->version_minor = CF_RING_MINOR;
-    ring->memory = CF_MEMORY_HOST;
+    ring->version_minor = ring->memory == CF_MEMORY_HOST ? 0 : CF_RING_MINOR;
     ring->header_size = sizeof(cf_ring_header);
     ring->strides[0] = (uint32_t)up((uint64_t)ring->width * (nv12 ? 1 : 4), 64); /* rows begin on cache lines */
     ring->strides[1] = nv12 ? ring->strides[0] : 0;
     const uint64_t first = (uint64_t)ring->strides[0] * ring->height;
     ring->chroma_offset = nv12 ? first : 0;
-    ring->frame_bytes = up(nv12 ? first + (uint64_t)ring->strides[1] * (ring->height / 2) : first, 4096);
+    const uint64_t frame = up(nv12 ? first + (uint64_t)ring->strides[1] * (ring->height / 2) : first, 4096);
+    ring->frame_bytes = ring->memory == CF_MEMORY_HOST ? frame : 0;
+    ring->device_stride = ring->memory == CF_MEMORY_HOST ? 0 : frame;
     ring->slots_offset = ring->header_size;
     ring->frames_offset = up(ring->slots_offset + ring->slot_count * sizeof(cf_ring_slot), CF_RING_ALIGN);
     ring->leases_offset = up(ring->frames_offset + ring->slot_count * ring->frame_bytes, CF_RING_ALIGN);
@@ -56,6 +59,18 @@ cf_result cf_ring_plan(const char* name, cf_ring_layout* ring) {
 /* `count` things of `each` bytes lie at `offset` between `from` and `to`; no sum or product that could overflow. */
 static bool lies(uint64_t offset, uint64_t count, uint64_t each, uint64_t from, uint64_t to) {
     return offset >= from && offset <= to && (count == 0 || each <= (to - offset) / count);
+}
+
+/* What frames in device memory need besides. */
+static const char* wrong_device_field(const cf_ring_layout* ring) {
+    if (ring->memory != CF_MEMORY_CUDA_IPC && ring->memory != CF_MEMORY_OPAQUE_FD) return "memory";
+    if (ring->version_minor < 1) return "version_minor";
+    if (ring->frame_bytes != 0) return "frame_bytes";
+    if (ring->device_stride % 64 || ring->device_stride > (uint64_t)PTRDIFF_MAX / CF_RING_MOST_SLOTS)
+        return "device_stride";
+    if (ring->handle_socket[0] != '/' || memchr(ring->handle_socket, 0, sizeof ring->handle_socket) == NULL)
+        return "handle_socket";
+    return NULL;
 }
 
 /* Name of the first field that cannot be, or NULL. Every bound is a constant or was checked above its use. */
@@ -80,16 +95,17 @@ static const char* wrong_field(const cf_ring_layout* ring, uint64_t mapped) {
     const uint64_t leases_end = shared + ring->lease_count * sizeof(cf_ring_lease);
     const uint64_t queue_bytes = sizeof(cf_ring_queue) + events * sizeof(cf_ring_cell);
     if (ring->queue_offset % 64 || !lies(ring->queue_offset, 1, queue_bytes, leases_end, end)) return "queue_offset";
-    if (ring->memory != CF_MEMORY_HOST) return "memory";
+    const char* field = ring->memory == CF_MEMORY_HOST ? NULL : wrong_device_field(ring);
+    if (field != NULL) return field;
+    const uint64_t frame = cf_ring_frame_stride(ring);
     if (!nv12 && ring->format != CF_FORMAT_RGBA8) return "format";
     if (ring->width < 1 || ring->width > CF_RING_MOST_PIXELS || (nv12 && ring->width % 2)) return "width";
     if (ring->height < 1 || ring->height > CF_RING_MOST_PIXELS || (nv12 && ring->height % 2)) return "height";
     if (ring->strides[0] < ring->width * (nv12 ? 1 : 4)) return "stride";
-    if (!lies(0, ring->height, ring->strides[0], 0, ring->frame_bytes)) return "stride";
+    if (!lies(0, ring->height, ring->strides[0], 0, frame)) return "stride";
     if (nv12 && ring->strides[1] < ring->width) return "chroma stride";
     const uint64_t luma = (uint64_t)ring->height * ring->strides[0];
-    if (nv12 && !lies(ring->chroma_offset, ring->height / 2, ring->strides[1], luma, ring->frame_bytes))
-        return "chroma_offset";
+    if (nv12 && !lies(ring->chroma_offset, ring->height / 2, ring->strides[1], luma, frame)) return "chroma_offset";
     if (ring->fps_numerator < 1 || ring->fps_denominator < 1) return "fps";
     return NULL;
 }

@@ -1,11 +1,11 @@
-/* What lies in shared memory: the one description of the ring's layout, version 1.0.
+/* What lies in shared memory: the one description of the ring's layout, version 1.1.
  *
  * One object, little-endian, in two parts. The first is written by the writer alone; readers map it read-only, so that
  * a program cannot damage a frame by mistake. The second, the clients' part, is written by all.
  *
  *     writer's part    0              cf_ring_header    constants of the ring, then one cache line that changes
  *                      slots_offset   cf_ring_slot[]    what each slot holds
- *                      frames_offset  frames            slot_count times frame_bytes
+ *                      frames_offset  frames            slot_count times frame_bytes; none in a ring of device memory
  *     clients' part    leases_offset  cf_ring_lease[]   one a reader: which slot it pins, until when
  *                      queue_offset   cf_ring_queue     tail, then cf_ring_cell[queue_count]: control events
  *
@@ -30,6 +30,11 @@
  * it wants that slot and the owner is dead or late; the owner's release is a compare-and-swap too, fails, and says so.
  * Every pin carries a count, so that two pins of one frame differ. Slots are leases + 2 at least: with every lease
  * pinning one and the newest frame left alone, one is free, and the writer never waits (choose_any).
+ *
+ * Device memory (1.1): `memory` says so, the frames lie device_stride apart in one allocation of the writer, and who
+ * connects to handle_socket is sent a cf_ring_handle. The argument above holds: the writer publishes when its device
+ * has written, a reader lets go when its own has read. A reader of 1.0 comes as far as `memory` and refuses the ring:
+ * it finds a frames part of slot_count times nothing.
  */
 #ifndef CF_RING_H
 #define CF_RING_H
@@ -48,7 +53,7 @@ _Static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "
 
 #define CF_RING_MAGIC UINT64_C(0x0031474e49524643) /* "CFRING1" and a zero */
 #define CF_RING_MAJOR 1u
-#define CF_RING_MINOR 0u
+#define CF_RING_MINOR 1u /* newest that is known; a ring in host memory says 0, which has all that it needs */
 #define CF_RING_ALIGN UINT64_C(65536) /* pages of every system, and where Windows can map */
 #define CF_RING_MOST_LEASES 16u
 #define CF_RING_MOST_SLOTS 250u
@@ -66,7 +71,7 @@ typedef struct cf_ring_layout {
     uint32_t queue_count; /* a power of two */
     uint64_t slots_offset;
     uint64_t frames_offset;
-    uint64_t frame_bytes; /* from one slot's frame to the next */
+    uint64_t frame_bytes; /* from one slot's frame to the next; 0 where frames are in device memory */
     uint64_t leases_offset;
     uint64_t queue_offset;
     uint32_t format;        /* CF_FORMAT_* */
@@ -79,8 +84,10 @@ typedef struct cf_ring_layout {
     uint64_t writer_start;   /* start time of that process, so that its pid means nobody else */
     uint64_t writer_space;   /* in which pids count: the inode of the pid namespace, 0 where there are none */
     int64_t stall_ns;        /* RUNNING without a heartbeat for longer is STALLED */
-    char handle_socket[108]; /* reserved: Unix socket that passes handles of device memory (memory != HOST) */
-    uint32_t reserved1[13];
+    char handle_socket[108]; /* 1.1: path of the Unix socket that passes the handle of device memory; else empty */
+    uint32_t reserved1;
+    uint64_t device_stride; /* 1.1: from one slot's frame to the next in device memory; else 0 */
+    uint32_t reserved2[10];
 } cf_ring_layout;
 
 typedef struct cf_ring_header {
@@ -104,7 +111,7 @@ typedef struct cf_ring_slot {
     _Atomic uint64_t applied_at_chunk;
     _Atomic uint32_t flags; /* CF_FRAME_* */
     uint32_t reserved0;
-    uint64_t fence_value;  /* reserved: of the timeline semaphore that says a frame in device memory is complete */
+    uint64_t fence_value;  /* reserved, for a writer that could give its readers a semaphore */
     uint64_t reserved1[8]; /* two cache lines: neighbours are not fetched in pairs */
 } cf_ring_slot;
 
@@ -141,6 +148,22 @@ typedef struct cf_ring_cell {
     uint8_t reserved[72];
 } cf_ring_cell;
 
+/* The one message of a connection to handle_socket, a packet (SOCK_SEQPACKET), sent as soon as the connection is
+ * accepted; OPAQUE_FD comes with one file descriptor (SCM_RIGHTS). Nothing that a client sends is read. */
+#define CF_RING_HANDLE_MAGIC UINT64_C(0x0031444e48524643) /* "CFRHND1" and a zero */
+typedef struct cf_ring_handle {
+    uint64_t magic;
+    uint64_t generation;
+    uint64_t size;          /* bytes of the allocation */
+    uint64_t device_stride; /* this and the next two as in the layout */
+    uint32_t slot_count;
+    uint32_t memory;
+    uint8_t device_uuid[16];
+    uint8_t ipc_handle[64]; /* zeros where memory is OPAQUE_FD */
+    uint64_t reserved;
+} cf_ring_handle;
+#define CF_RING_MOST_SLACK (UINT64_C(1) << 30) /* of an allocation behind its last slot; devices round up by less */
+
 #define CF_AT(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field)
 CF_AT(cf_ring_header, layout, 8);
 #define CF_LAYOUT_AT(field, offset) CF_AT(cf_ring_layout, field, (offset) - 8)
@@ -170,6 +193,7 @@ CF_LAYOUT_AT(writer_start, 136);
 CF_LAYOUT_AT(writer_space, 144);
 CF_LAYOUT_AT(stall_ns, 152);
 CF_LAYOUT_AT(handle_socket, 160);
+CF_LAYOUT_AT(device_stride, 272);
 _Static_assert(sizeof(cf_ring_layout) == 312, "cf_ring_layout");
 CF_AT(cf_ring_header, latest, 320);
 CF_AT(cf_ring_header, heartbeat_ns, 328);
@@ -196,16 +220,25 @@ _Static_assert(offsetof(cf_ring_cell, as.action.code) == 32 && offsetof(cf_ring_
                "cell.as");
 _Static_assert(offsetof(cf_ring_cell, as.pose.orientation) == 44, "cell.as.pose");
 _Static_assert(sizeof(cf_ring_cell) == 4096, "cf_ring_cell");
+CF_AT(cf_ring_handle, slot_count, 32);
+CF_AT(cf_ring_handle, device_uuid, 40);
+CF_AT(cf_ring_handle, ipc_handle, 56);
+_Static_assert(sizeof(cf_ring_handle) == 128, "cf_ring_handle");
 
 /* `latest`, in one word. */
 static inline uint64_t cf_ring_latest(uint64_t sequence, uint32_t slot) { return sequence << 8 | slot; }
 
-/* Fill every size and offset from format, width, height and the counts. INVALID_ARGUMENT names the one that cannot be.
- */
+/* Fill every size and offset from format, memory, width, height and the counts. INVALID_ARGUMENT names the one that
+ * cannot be. */
 cf_result cf_ring_plan(const char* name, cf_ring_layout* layout);
 
 /* Copy the constants of a mapped object out, once, and check them against its size before anything is used.
  * NOT_READY: no magic yet.   VERSION, BAD_RING: cf_last_error() names ring and field. */
 cf_result cf_ring_check(const char* name, const cf_ring_header* header, uint64_t mapped_size, cf_ring_layout* layout);
+
+/* Bytes from one slot's frame to the next, wherever the frames lie. */
+static inline uint64_t cf_ring_frame_stride(const cf_ring_layout* layout) {
+    return layout->memory == CF_MEMORY_HOST ? layout->frame_bytes : layout->device_stride;
+}
 
 #endif

@@ -6,6 +6,10 @@
 #include "os.h"
 #include "ring.h"
 
+/* What a structure has at least, as programs of version 1.0 pass it. */
+#define CF_SESSION_INFO_LEAST offsetof(cf_session_info, flags)
+#define CF_FRAME_LEAST offsetof(cf_frame, offsets)
+
 /* One mapped ring: constants checked, a lease taken. It does not change until it is unmapped. */
 typedef struct cf_mapped_ring {
     cf_ring_layout layout; /* the checked copy; the one in shared memory is not looked at again */
@@ -14,7 +18,7 @@ typedef struct cf_mapped_ring {
     uint8_t* shared;       /* the clients' part */
     const cf_ring_header* header;
     const cf_ring_slot* slots;
-    const uint8_t* frames;
+    const uint8_t* frames; /* NULL where they are in device memory */
     cf_ring_lease* leases;
     cf_ring_queue* queue;
     uint32_t row; /* of its lease */
@@ -29,6 +33,7 @@ typedef struct cf_mapped_ring {
 struct cf_session {
     char name[CF_NAME_BYTES + 1];
     int64_t lease_ns;
+    uint32_t flags; /* CF_SESSION_* */
     cf_os_process self;
     _Atomic(cf_mapped_ring*) current;
     _Atomic uint32_t users;

@@ -1,4 +1,4 @@
-/* Shared memory, processes, clock and waiting on POSIX systems; futex and /proc on Linux. */
+/* Shared memory, processes, clock and waiting on POSIX systems; futex, /proc and passed descriptors on Linux. */
 #if !defined(_WIN32)
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,7 +14,10 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <poll.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #endif
 
 #include "error.h"
@@ -210,6 +213,110 @@ void cf_os_wake(const _Atomic uint32_t* word) {
     (void)word;
 #endif
 }
+
+/* Passed descriptors ----------------------------------------------------------------------------------------------- */
+
+void cf_os_close_fd(int fd) {
+    if (fd >= 0) close(fd);
+}
+
+#if defined(__linux__)
+#define MOST_FDS 4 /* that are taken, to be closed again where there is more than one */
+
+static cf_result too_late(const char* name) {
+    return cf_fail(CF_ERROR_TIMEOUT, "ring %s: its writer did not answer on its socket in time; try again", name);
+}
+
+static cf_result connect_to(const char* name, const char* path, int64_t until, int line) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return cf_fail(CF_ERROR_BAD_RING, "ring %s: the path of its socket is too long; start its writer again", name);
+    strcpy(address.sun_path, path);
+    for (;;) {
+        const int64_t left = until - cf_os_now_ns();
+        if (left <= 0) return too_late(name);
+        /* a full queue of connections is waited for, this long: rounded up, for 0 would be for ever */
+        const struct timeval most = {(time_t)(left / 1000000000), (suseconds_t)(left % 1000000000 / 1000 + 1)};
+        setsockopt(line, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most);
+        if (connect(line, (const struct sockaddr*)&address, sizeof address) == 0) return CF_SUCCESS;
+        if (errno == EAGAIN) return too_late(name);
+        if (errno == ECONNREFUSED || errno == ENOENT)
+            return cf_fail(CF_ERROR_NOT_FOUND, "ring %s: nobody listens on its socket; its writer has ended", name);
+        if (errno != EINTR) return refused(name, "connecting to its socket");
+    }
+}
+
+/* Descriptors of a message; all that came, for the caller to close. */
+static size_t descriptors(struct msghdr* message, int fds[MOST_FDS]) {
+    size_t count = 0;
+    for (struct cmsghdr* part = CMSG_FIRSTHDR(message); part != NULL; part = CMSG_NXTHDR(message, part)) {
+        if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
+        const size_t here = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < here && count < MOST_FDS; ++i)
+            memcpy(&fds[count++], CMSG_DATA(part) + i * sizeof(int), sizeof(int));
+    }
+    return count;
+}
+
+static cf_result take_packet(const char* name, int64_t until, int line, void* packet, size_t most, size_t* size,
+                             int* fd) {
+    union {
+        char bytes[CMSG_SPACE(MOST_FDS * sizeof(int))];
+        struct cmsghdr aligned;
+    } control;
+    struct iovec place = {packet, most};
+    struct msghdr message = {
+        .msg_iov = &place, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
+    ssize_t length;
+    for (;;) {
+        length = recvmsg(line, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (length >= 0) break;
+        if (errno != EAGAIN && errno != EINTR) return refused(name, "reading from its socket");
+        const int64_t left = until - cf_os_now_ns();
+        if (left <= 0) return too_late(name);
+        struct pollfd ready = {line, POLLIN, 0};
+        poll(&ready, 1, (int)(left / 1000000 + 1));
+    }
+    int fds[MOST_FDS];
+    const size_t count = descriptors(&message, fds);
+    *size = (size_t)length;
+    if (count == 1 && !(message.msg_flags & MSG_CTRUNC)) *fd = fds[0];
+    if (count <= 1 && !(message.msg_flags & MSG_CTRUNC)) return CF_SUCCESS;
+    for (size_t i = 0; i < count; ++i) close(fds[i]);
+    return cf_fail(CF_ERROR_BAD_RING,
+                   "ring %s: its socket passed several descriptors, or this process has no room "
+                   "for one",
+                   name);
+}
+
+static cf_result check_peer(const char* name, int line) {
+    struct ucred peer;
+    socklen_t bytes = sizeof peer;
+    if (getsockopt(line, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) == 0 && peer.uid == geteuid()) return CF_SUCCESS;
+    return cf_fail(CF_ERROR_ACCESS, "ring %s: another user listens on its socket; run both programs as one user", name);
+}
+
+cf_result cf_os_receive(const char* name, const char* path, int64_t until_ns, void* packet, size_t most, size_t* size,
+                        int* fd) {
+    *size = 0;
+    *fd = -1;
+    const int line = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    if (line < 0) return refused(name, "opening a socket");
+    cf_result result = connect_to(name, path, until_ns, line);
+    if (result == CF_SUCCESS) result = check_peer(name, line);
+    if (result == CF_SUCCESS) result = take_packet(name, until_ns, line, packet, most, size, fd);
+    close(line);
+    return result;
+}
+#else
+cf_result cf_os_receive(const char* name, const char* path, int64_t until_ns, void* packet, size_t most, size_t* size,
+                        int* fd) {
+    (void)path, (void)until_ns, (void)packet, (void)most;
+    *size = 0;
+    *fd = -1;
+    return cf_fail(CF_ERROR_UNSUPPORTED, "ring %s: handles of device memory are passed on Linux alone", name);
+}
+#endif
 #else
 typedef int cf_shm_posix_is_for_other_systems;
 #endif

@@ -186,6 +186,16 @@ void cf_os_wait(const _Atomic uint32_t* word, uint32_t seen, int64_t ns) {
 }
 
 void cf_os_wake(const _Atomic uint32_t* word) { (void)word; }
+
+cf_result cf_os_receive(const char* name, const char* path, int64_t until_ns, void* packet, size_t most, size_t* size,
+                        int* fd) {
+    (void)path, (void)until_ns, (void)packet, (void)most;
+    *size = 0;
+    *fd = -1;
+    return cf_fail(CF_ERROR_UNSUPPORTED, "ring %s: handles of device memory are not passed on Windows yet", name);
+}
+
+void cf_os_close_fd(int fd) { (void)fd; }
 #else
 typedef int cf_shm_windows_is_for_windows;
 #endif

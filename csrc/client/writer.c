@@ -20,7 +20,7 @@ struct cf_writer {
     void* memory;
     cf_ring_header* header;
     cf_ring_slot* slots;
-    uint8_t* frames;
+    uint8_t* frames; /* NULL where they are in device memory */
     cf_ring_lease* leases;
     cf_ring_queue* queue;
     uint64_t sequences[CF_RING_MOST_SLOTS]; /* what each slot holds */
@@ -51,7 +51,7 @@ static void lay_out(cf_writer* writer) {
     const cf_ring_layout* layout = &writer->layout;
     writer->header = writer->memory;
     writer->slots = (cf_ring_slot*)(memory + layout->slots_offset);
-    writer->frames = memory + layout->frames_offset;
+    writer->frames = layout->memory == CF_MEMORY_HOST ? memory + layout->frames_offset : NULL;
     writer->leases = (cf_ring_lease*)(memory + layout->leases_offset);
     writer->queue = (cf_ring_queue*)(memory + layout->queue_offset);
     writer->header->layout = *layout;
@@ -61,27 +61,22 @@ static void lay_out(cf_writer* writer) {
     atomic_store_explicit(&writer->header->magic, CF_RING_MAGIC, memory_order_release);
 }
 
-cf_result cf_writer_create(const cf_writer_info* info, cf_writer** out) {
-    if (info == NULL || out == NULL) return cf_fail(CF_ERROR_INVALID_ARGUMENT, "cf_writer_create was given a NULL");
-    *out = NULL;
+/* Constants of the ring that is asked for. */
+static cf_result plan(const cf_writer_info* info, cf_ring_layout* layout) {
     if (!cf_is_name(info->name))
         return cf_fail(CF_ERROR_INVALID_ARGUMENT,
                        "that is no name of a ring; use 1 to %u letters, digits, '-', '_', '.'", CF_NAME_BYTES);
     if (info->stall_ns < 1)
         return cf_fail(CF_ERROR_INVALID_ARGUMENT, "ring %s: stall_ns is %lld but must be positive", info->name,
                        (long long)info->stall_ns);
-    cf_writer* writer = calloc(1, sizeof *writer);
-    if (writer == NULL) return cf_fail(CF_ERROR_OUT_OF_MEMORY, "no memory for the writer of ring %s", info->name);
     const cf_os_process self = cf_os_self();
-    memcpy(writer->name, info->name, strlen(info->name));
-    writer->object.handle = -1;
-    writer->newest_slot = writer->open_slot = NO_SLOT;
-    writer->layout = (cf_ring_layout){
+    *layout = (cf_ring_layout){
         .generation = cf_os_time_ns(), /* no other writer of this name had it */
         .slot_count = info->slots,
         .lease_count = info->readers,
         .queue_count = info->events,
         .format = info->format,
+        .memory = info->memory,
         .width = info->width,
         .height = info->height,
         .fps_numerator = info->fps_numerator,
@@ -91,8 +86,42 @@ cf_result cf_writer_create(const cf_writer_info* info, cf_writer** out) {
         .writer_space = self.space,
         .stall_ns = info->stall_ns,
     };
-    cf_result result = cf_ring_plan(info->name, &writer->layout);
-    if (result == CF_SUCCESS) result = create_object(writer);
+    return cf_ring_plan(info->name, layout);
+}
+
+cf_result cf_writer_frame_stride(const cf_writer_info* info, uint64_t* bytes) {
+    cf_ring_layout layout;
+    const cf_result result = plan(info, &layout);
+    if (result == CF_SUCCESS) *bytes = cf_ring_frame_stride(&layout);
+    return result;
+}
+
+static cf_result name_socket(const cf_writer_info* info, cf_ring_layout* layout) {
+    const char* path = info->handle_socket;
+    if (info->memory == CF_MEMORY_HOST) return CF_SUCCESS;
+    const size_t length = path == NULL ? 0 : strlen(path);
+    if (length == 0 || length >= sizeof layout->handle_socket || path[0] != '/')
+        return cf_fail(CF_ERROR_INVALID_ARGUMENT,
+                       "ring %s: the path of its socket has %llu bytes; give an absolute one of at most %llu",
+                       info->name, (unsigned long long)length, (unsigned long long)sizeof layout->handle_socket - 1);
+    memcpy(layout->handle_socket, path, length);
+    return CF_SUCCESS;
+}
+
+cf_result cf_writer_create(const cf_writer_info* info, cf_writer** out) {
+    if (info == NULL || out == NULL) return cf_fail(CF_ERROR_INVALID_ARGUMENT, "cf_writer_create was given a NULL");
+    *out = NULL;
+    cf_ring_layout layout;
+    cf_result result = plan(info, &layout);
+    if (result == CF_SUCCESS) result = name_socket(info, &layout);
+    if (result < 0) return result;
+    cf_writer* writer = calloc(1, sizeof *writer);
+    if (writer == NULL) return cf_fail(CF_ERROR_OUT_OF_MEMORY, "no memory for the writer of ring %s", info->name);
+    memcpy(writer->name, info->name, strlen(info->name));
+    writer->object.handle = -1;
+    writer->newest_slot = writer->open_slot = NO_SLOT;
+    writer->layout = layout;
+    result = create_object(writer);
     if (result < 0) {
         cf_os_close(&writer->object);
         free(writer);
@@ -169,16 +198,21 @@ cf_result cf_writer_begin(cf_writer* writer, cf_writable* out) {
         return cf_fail(CF_ERROR_BUSY, "ring %s: all %u slots are pinned by %u readers; the frame is dropped",
                        writer->name, writer->layout.slot_count, writer->layout.lease_count);
     }
-    uint8_t* frame = writer->frames + slot * writer->layout.frame_bytes;
+    const bool host = writer->frames != NULL, two = writer->layout.format == CF_FORMAT_NV12;
+    const uint64_t at = slot * cf_ring_frame_stride(&writer->layout), chroma = at + writer->layout.chroma_offset;
     writer->sequences[slot] = 0;
     writer->open_slot = slot;
     out->id = writer->newest + 1;
-    out->planes[0] = frame;
-    out->planes[1] = writer->layout.format == CF_FORMAT_NV12 ? frame + writer->layout.chroma_offset : NULL;
+    out->planes[0] = host ? writer->frames + at : NULL;
+    out->planes[1] = host && two ? writer->frames + chroma : NULL;
+    out->offsets[0] = host ? 0 : at;
+    out->offsets[1] = host || !two ? 0 : chroma;
     out->strides[0] = writer->layout.strides[0];
     out->strides[1] = writer->layout.strides[1];
     return CF_SUCCESS;
 }
+
+void cf_writer_cancel(cf_writer* writer) { writer->open_slot = NO_SLOT; }
 
 static void wake(cf_writer* writer) {
     atomic_fetch_add_explicit(&writer->header->wake, 1, memory_order_release);
@@ -217,6 +251,9 @@ cf_result cf_writer_publish(cf_writer* writer, cf_pixels pixels, const cf_publis
         return cf_fail(CF_ERROR_INVALID_ARGUMENT,
                        "a frame of %u x %u, but ring %s has %u x %u; make a ring of the frame's size", pixels.width,
                        pixels.height, writer->name, ring->width, ring->height);
+    if (ring->memory != CF_MEMORY_HOST)
+        return cf_fail(CF_ERROR_INVALID_ARGUMENT, "the frames of ring %s are in device memory, and this one is not",
+                       writer->name);
     if (pixels.channels != 3 && pixels.channels != 4)
         return cf_fail(CF_ERROR_INVALID_ARGUMENT, "a frame of %u channels; give RGB (3) or RGBA (4)", pixels.channels);
     cf_writable slot;

@@ -25,6 +25,8 @@ typedef struct cf_writer_info {
     uint32_t slots;   /* readers + 2 to 250; a reader that wants every frame may be slots - readers - 2 behind */
     uint32_t events;  /* room for events; a power of two */
     int64_t stall_ns; /* silence after which RUNNING is STALLED */
+    uint32_t memory;  /* CF_MEMORY_* */
+    const char* handle_socket; /* absolute path of the socket that passes the handle of device memory; else NULL */
 } cf_writer_info;
 
 /* What is said of a frame. */
@@ -36,9 +38,10 @@ typedef struct cf_publish_info {
 
 /* A slot that is being written. */
 typedef struct cf_writable {
-    uint64_t id; /* the frame's id once it is committed */
-    uint8_t* planes[2];
+    uint64_t id;        /* the frame's id once it is committed */
+    uint8_t* planes[2]; /* NULL in device memory */
     uint64_t strides[2];
+    uint64_t offsets[2]; /* where each plane begins in the allocation; 0 in host memory */
 } cf_writable;
 
 typedef struct cf_writer_event {
@@ -59,6 +62,10 @@ typedef struct cf_writer_stats {
     uint32_t readers; /* leases taken now */
 } cf_writer_stats;
 
+/* Bytes from one slot's frame to the next in such a ring: slots times this is what the allocation of a ring in device
+ * memory holds, which is made before the ring. INVALID_ARGUMENT. */
+cf_result cf_writer_frame_stride(const cf_writer_info* info, uint64_t* bytes);
+
 /* Make a ring; its state is LOADING. A ring that a dead writer left is replaced, and its readers come over. BUSY: a
  * living process writes that name. INVALID_ARGUMENT, OUT_OF_MEMORY, SYSTEM. */
 cf_result cf_writer_create(const cf_writer_info* info, cf_writer** writer);
@@ -67,10 +74,13 @@ cf_result cf_writer_create(const cf_writer_info* info, cf_writer** writer);
  */
 cf_result cf_writer_begin(cf_writer* writer, cf_writable* slot);
 
-/* Show what was filled in. */
+/* Let go of the slot, whatever was written into it: nobody is shown it. */
+void cf_writer_cancel(cf_writer* writer);
+
+/* Show what was filled in; in device memory when the device is done with it. */
 cf_result cf_writer_commit(cf_writer* writer, const cf_publish_info* info);
 
-/* begin, convert, commit. The pixels have the ring's width and height. */
+/* begin, convert, commit. The pixels have the ring's width and height. INVALID_ARGUMENT in device memory. */
 cf_result cf_writer_publish(cf_writer* writer, cf_pixels pixels, const cf_publish_info* info, uint64_t* id);
 
 /* Take the oldest event; NOT_READY without one. */

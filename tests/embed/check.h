@@ -37,7 +37,8 @@ static inline cf_result acquire(cf_session* session, uint32_t policy, int64_t ti
 
 static inline cf_writer* make_ring(const char* name, uint32_t width, uint32_t height, uint32_t readers,
                                    uint32_t slots) {
-    const cf_writer_info info = {name, CF_FORMAT_RGBA8, width, height, 16, 1, readers, slots, 64, 1000000000};
+    const cf_writer_info info = {name, CF_FORMAT_RGBA8, width,          height, 16, 1, readers, slots,
+                                 64,   1000000000,      CF_MEMORY_HOST, NULL};
     cf_writer* writer = NULL;
     CHECK(cf_writer_create(&info, &writer) == CF_SUCCESS);
     return writer;

@@ -1,6 +1,7 @@
 /* shm_posix.c with one map of an object for the whole process, for ThreadSanitizer: it knows memory by its address, so
  * a reader and a writer that map the same page at two places would be strangers to it, whatever they do to each other.
  */
+#define _GNU_SOURCE
 #include <pthread.h>
 #define cf_os_map posix_map
 #define cf_os_unmap posix_unmap

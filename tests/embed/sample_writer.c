@@ -64,8 +64,9 @@ int main(int argc, char** argv) {
     const uint32_t fps = (uint32_t)atoi(argv[5]);
     width = (uint32_t)atoi(argv[3]);
     height = (uint32_t)atoi(argv[4]);
-    const cf_writer_info ring = {argv[1],   nv12 ? CF_FORMAT_NV12 : CF_FORMAT_RGBA8, width, height, fps, 1, 2, 8, 64,
-                                 1000000000};
+    const cf_writer_info ring = {
+        argv[1], nv12 ? CF_FORMAT_NV12 : CF_FORMAT_RGBA8, width, height, fps, 1, 2, 8, 64, 1000000000, CF_MEMORY_HOST,
+        NULL};
     cf_writer* writer = NULL;
     CHECK(cf_writer_create(&ring, &writer) == CF_SUCCESS);
     CHECK(cf_writer_set_state(writer, CF_STATE_RUNNING) == CF_SUCCESS);

@@ -36,7 +36,7 @@ target_link_libraries(dynamic PRIVATE cfengine::client)
 add_executable(fixed main.c)
 target_link_libraries(fixed PRIVATE cfengine::client_static)
 """
-SAYS = "1.0 CF_ERROR_NOT_FOUND: there is no ring nobody-writes-this"
+SAYS = "1.1 CF_ERROR_NOT_FOUND: there is no ring nobody-writes-this"
 
 
 def run(*command, **options) -> str:
@@ -81,7 +81,7 @@ def test_pkg_config_finds_it(tool, compiler, installed, consumer):
     flags = run(pkg_config, "--cflags", "--libs", "cfengine_client", env=environment).split()
     run(compiler, "-std=c11", consumer / "main.c", "-o", consumer / "main", *flags, f"-Wl,-rpath,{installed}/lib")
     assert run(consumer / "main").startswith(SAYS)
-    assert run(pkg_config, "--modversion", "cfengine_client", env=environment).strip() == "1.0.0"
+    assert run(pkg_config, "--modversion", "cfengine_client", env=environment).strip() == "1.1.0"
 
 
 def test_it_needs_libc_alone_and_shows_the_interface_alone(tool, installed):
@@ -94,7 +94,7 @@ def test_it_needs_libc_alone_and_shows_the_interface_alone(tool, installed):
         words[7] for line in symbols if len(words := line.split()) == 8 and words[6].isdigit() and words[4] == "GLOBAL"
     }
     header = (installed / "include" / "cfengine_client.h").read_text()
-    assert shown == set(re.findall(r"^CF_API [^;]*?(cf_\w+)\(", header, re.M)) and len(shown) == 11
+    assert shown == set(re.findall(r"^CF_API [^;]*?(cf_\w+)\(", header, re.M)) and len(shown) == 12
 
 
 def test_a_static_library_takes_no_name_of_the_program(tool, installed):

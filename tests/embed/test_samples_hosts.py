@@ -48,7 +48,7 @@ def constants() -> dict[str, int]:
 
 def test_the_header_is_read_whole():
     fields, values = struct_fields(), constants()
-    assert len(fields) == 12 and fields["cf_frame"][-2:] == ["plane_count", "planes"]
+    assert len(fields) == 13 and fields["cf_frame"][-3:] == ["plane_count", "planes", "offsets"]
     assert fields["cf_event"] == ["header", "kind", "as"] and fields["cf_plane"] == ["data", "stride", "size"]
     assert values["CF_ERROR_SYSTEM"] == -14 and values["CF_FRAME_LATE"] == 4
     assert len(re.findall(r"\bCF_\w+ = ", header())) == len(values)
@@ -102,6 +102,7 @@ def test_structures_of_cs_lie_as_those_of_c(built, tmp_path):
 
 def test_constants_of_cs_are_those_of_c(built):
     prefixes = {"cf_result": "", "cf_struct_type": "STRUCT_", "cf_frame_flags": "FRAME_", "cf_event_kind": "EVENT_"}
+    prefixes |= {"cf_session_flags": "SESSION_"}
     prefixes |= {f"cf_{name}": f"{name.upper()}_" for name in ("state", "format", "memory", "policy")}
     in_cs = {
         f"CF_{prefixes[name]}{field.upper()}": number

@@ -395,7 +395,8 @@ static void ended_and_unlinked_rings(void) {
 }
 
 static void one_writer_a_name(void) {
-    const cf_writer_info info = {name, CF_FORMAT_RGBA8, WIDTH, HEIGHT, 16, 1, 1, 4, 64, 1000000000};
+    const cf_writer_info info = {name, CF_FORMAT_RGBA8, WIDTH,          HEIGHT, 16, 1, 1, 4,
+                                 64,   1000000000,      CF_MEMORY_HOST, NULL};
     cf_writer *writer = make_ring(name, WIDTH, HEIGHT, 1, 4), *second = NULL;
     CHECK(cf_writer_create(&info, &second) == CF_ERROR_BUSY && second == NULL &&
           cf_writer_unlink(name) == CF_ERROR_BUSY);
@@ -422,6 +423,97 @@ static void states(void) {
     CHECK(state.slots == 9 && state.readers == 3 && state.fps_numerator == 16 && state.fps_denominator == 1);
     cf_writer_beat(writer);
     CHECK(state_of(session).state == CF_STATE_RUNNING);
+    cf_session_close(session);
+    cf_writer_close(writer);
+}
+
+/* Device memory ---------------------------------------------------------------------------------------------------- */
+
+static cf_writer_info device_info(uint32_t format) {
+    return (cf_writer_info){
+        name, format, WIDTH, HEIGHT, 16, 1, 1, 4, 64, 1000000000, CF_MEMORY_OPAQUE_FD, "/nowhere/cfengine-test"};
+}
+
+static cf_result open_for(uint32_t flags, cf_session** session) {
+    cf_session_info info = CF_SESSION_INFO_INIT;
+    info.name = name;
+    info.flags = flags;
+    return cf_session_open(&info, session);
+}
+
+static void device_rings(void) {
+    const cf_writer_info info = device_info(CF_FORMAT_NV12);
+    cf_writer* writer = NULL;
+    cf_session* session = NULL;
+    cf_device_memory memory = CF_DEVICE_MEMORY_INIT;
+    cf_writable slot;
+    cf_frame frame;
+    uint64_t stride = 0;
+    CHECK(cf_writer_frame_stride(&info, &stride) == CF_SUCCESS && stride == 4096);
+    CHECK(cf_writer_create(&info, &writer) == CF_SUCCESS);
+    CHECK(open_for(0, &session) == CF_ERROR_MEMORY_KIND && session == NULL);
+    CHECK(strstr(cf_last_error(), "CF_SESSION_DEVICE_MEMORY") != NULL);
+    CHECK(open_for(4, &session) == CF_ERROR_INVALID_ARGUMENT);
+    CHECK(open_for(CF_SESSION_DEVICE_MEMORY, &session) == CF_SUCCESS && state_of(session).memory == info.memory);
+    CHECK(cf_writer_publish(writer, (cf_pixels){(const uint8_t*)"", 0, 3, WIDTH, HEIGHT}, &(cf_publish_info){0},
+                            NULL) == CF_ERROR_INVALID_ARGUMENT);
+    for (uint64_t id = 1; id <= 9; ++id) {
+        CHECK(cf_writer_begin(writer, &slot) == CF_SUCCESS && slot.id == id);
+        CHECK(slot.planes[0] == NULL && slot.planes[1] == NULL && slot.offsets[0] % stride == 0);
+        CHECK(slot.offsets[0] < 4 * stride && slot.offsets[1] == slot.offsets[0] + 64 * HEIGHT);
+        cf_writer_cancel(writer); /* the copy has failed: nobody sees it, and the slot is free */
+        CHECK(acquire(session, CF_POLICY_NEXT, 0, &frame) == CF_NOT_READY);
+        CHECK(cf_writer_begin(writer, &slot) == CF_SUCCESS && slot.id == id);
+        CHECK(cf_writer_commit(writer, &(cf_publish_info){0}) == CF_SUCCESS);
+        CHECK(acquire(session, CF_POLICY_NEXT, 0, &frame) == CF_SUCCESS && frame.memory == CF_MEMORY_OPAQUE_FD);
+        CHECK(frame.planes[0].data == NULL && frame.planes[1].data == NULL);
+        CHECK(frame.planes[0].size == 64 * HEIGHT && frame.planes[1].size == 64 * HEIGHT / 2);
+        CHECK(memcmp(frame.offsets, slot.offsets, sizeof slot.offsets) == 0);
+        CHECK(cf_session_device_memory(session, &memory) == CF_ERROR_NOT_FOUND && memory.fd == -1);
+        CHECK(cf_frame_release(session, id) == CF_SUCCESS);
+    }
+    CHECK(cf_session_device_memory(NULL, &memory) == CF_ERROR_INVALID_ARGUMENT);
+    CHECK(cf_session_device_memory(session, NULL) == CF_ERROR_INVALID_ARGUMENT);
+    cf_session_close(session);
+    cf_writer_close(writer);
+    writer = make_ring(name, WIDTH, HEIGHT, 1, 4);
+    CHECK(open_for(CF_SESSION_DEVICE_MEMORY, &session) == CF_SUCCESS); /* takes host memory too */
+    CHECK(cf_session_device_memory(session, &memory) == CF_ERROR_MEMORY_KIND);
+    publish(writer, 0);
+    CHECK(acquire(session, CF_POLICY_LATEST, 0, &frame) == CF_SUCCESS && torn_words(&frame) == 0);
+    CHECK(frame.offsets[0] == 0 && frame.offsets[1] == 0);
+    cf_session_close(session);
+    cf_writer_close(writer);
+}
+
+/* A program that was compiled with the header of 1.0: shorter structures, and nothing behind them is touched. */
+static void programs_of_version_one(void) {
+    cf_writer* writer = make_ring(name, WIDTH, HEIGHT, 2, 4);
+    cf_session_info info = CF_SESSION_INFO_INIT;
+    cf_session* session = NULL;
+    info.name = name;
+    info.header.struct_size = CF_SESSION_INFO_LEAST;
+    info.flags = info.reserved = UINT32_MAX; /* what lies behind it on the stack */
+    CHECK(cf_session_open(&info, &session) == CF_SUCCESS);
+    cf_acquire_info when = CF_ACQUIRE_INFO_INIT;
+    volatile size_t least = CF_FRAME_LEAST; /* the compiler is not told that this is not a whole one */
+    cf_frame* frame = calloc(1, least);     /* AddressSanitizer watches its end */
+    frame->header = (cf_header){CF_FRAME_LEAST, CF_STRUCT_FRAME, NULL};
+    publish(writer, 0);
+    CHECK(cf_frame_acquire(session, &when, frame) == CF_SUCCESS && frame->planes[0].data != NULL);
+    CHECK(cf_frame_release(session, 1) == CF_SUCCESS);
+    frame->header.struct_size = CF_FRAME_LEAST - 1;
+    CHECK(cf_frame_acquire(session, &when, frame) == CF_ERROR_INVALID_ARGUMENT);
+    cf_writer_close(writer);
+    const cf_writer_info device = device_info(CF_FORMAT_RGBA8);
+    cf_session* second = NULL;
+    CHECK(cf_writer_create(&device, &writer) == CF_SUCCESS);
+    CHECK(cf_session_open(&info, &second) == CF_ERROR_MEMORY_KIND); /* its flags are not looked at */
+    usleep(110000);                                                 /* it looks after 0.1 s without a heartbeat */
+    frame->header.struct_size = CF_FRAME_LEAST;
+    CHECK(state_of(session).state == CF_STATE_ENDED && state_of(session).memory == CF_MEMORY_HOST);
+    CHECK(cf_frame_acquire(session, &when, frame) == CF_SUCCESS && frame->planes[0].data != NULL); /* as before */
+    free(frame);
     cf_session_close(session);
     cf_writer_close(writer);
 }
@@ -464,7 +556,7 @@ static void wrong_arguments(void) {
     cf_version version = CF_VERSION_INIT;
     CHECK(cf_get_version(CF_VERSION_MAJOR, &version) == CF_SUCCESS && version.major == 1 && version.ring_major == 1);
     CHECK(cf_get_version(2, &version) == CF_ERROR_VERSION && strstr(cf_last_error(), "version 2") != NULL);
-    for (cf_result result = CF_ERROR_SYSTEM; result <= CF_NOT_READY; ++result)
+    for (cf_result result = CF_ERROR_UNSUPPORTED; result <= CF_NOT_READY; ++result)
         CHECK(strcmp(cf_result_name(result), "CF_UNKNOWN") != 0);
     CHECK(strcmp(cf_result_name(99), "CF_UNKNOWN") == 0);
     CHECK(cf_session_close(NULL) == CF_SUCCESS && cf_session_close(session) == CF_SUCCESS);
@@ -472,10 +564,10 @@ static void wrong_arguments(void) {
 }
 
 static void wrong_rings(void) {
-    const cf_writer_info good = {name, CF_FORMAT_NV12, 64, 48, 16, 1, 2, 4, 64, 1000000000};
-    cf_writer_info wrong[9];
+    const cf_writer_info good = {name, CF_FORMAT_NV12, 64, 48, 16, 1, 2, 4, 64, 1000000000, CF_MEMORY_HOST, NULL};
+    cf_writer_info wrong[13];
     cf_writer* writer = NULL;
-    for (int i = 0; i < 9; ++i) wrong[i] = good;
+    for (int i = 0; i < 13; ++i) wrong[i] = good;
     wrong[0].format = 3;
     wrong[1].width = 0;
     wrong[2].height = 16385;
@@ -485,7 +577,14 @@ static void wrong_rings(void) {
     wrong[6].events = 48;
     wrong[7].fps_denominator = 0;
     wrong[8].stall_ns = 0;
-    for (int i = 0; i < 9; ++i)
+    wrong[9].memory = 0;
+    wrong[10].memory = CF_MEMORY_OPAQUE_FD; /* without a socket */
+    wrong[11].memory = CF_MEMORY_OPAQUE_FD;
+    wrong[11].handle_socket = "in/this/folder";
+    char path[109] = "/";
+    wrong[12].memory = CF_MEMORY_CUDA_IPC;
+    wrong[12].handle_socket = memset(path + 1, 'a', 107) - 1; /* 108 bytes, and no room for the zero */
+    for (int i = 0; i < 13; ++i)
         CHECK(cf_writer_create(&wrong[i], &writer) == CF_ERROR_INVALID_ARGUMENT &&
               strstr(cf_last_error(), name) != NULL);
     struct statvfs shared;
@@ -523,6 +622,8 @@ static const test tests[] = {
     TEST(ended_and_unlinked_rings),
     TEST(one_writer_a_name),
     TEST(states),
+    TEST(device_rings),
+    TEST(programs_of_version_one),
     TEST(wrong_arguments),
     TEST(wrong_rings),
 };

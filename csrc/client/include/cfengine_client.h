@@ -28,21 +28,21 @@
  * converts its XrTime with XR_KHR_convert_timespec_time.
  *
  * Threads.  One session, three groups of calls:
- *   - cf_frame_acquire, cf_frame_release: by one thread at a time (the consumer; it may change if the program orders
- * it);
+ *   - cf_frame_acquire, cf_frame_release, cf_session_device_memory: by one thread at a time (the consumer; it may
+ *     change if the program orders it);
  *   - cf_session_push, cf_session_poll_state, cf_stats_get: by any threads, at any time, beside the consumer;
  *   - cf_session_close: when no other call on this session runs or comes later.
  * Different sessions are independent. cf_last_error() belongs to the calling thread. The library starts no thread,
  * calls nothing back, takes no lock that another thread or process could hold, and installs no signal handler. A
  * session does not survive fork(): the child opens its own.
  *
- * Blocking.  Only cf_frame_acquire with a timeout_ns waits. Everything else returns after a bounded number of steps.
- * Once after each restart of the writer, and in cf_session_open, the library maps shared memory, which takes up to a
- * few milliseconds for a large ring.
+ * Blocking.  Only cf_frame_acquire with a timeout_ns waits, and cf_session_device_memory, for a second at most.
+ * Everything else returns after a bounded number of steps. Once after each restart of the writer, and in
+ * cf_session_open, the library maps shared memory, which takes up to a few milliseconds for a large ring.
  *
  * Growth.  Structures begin with cf_header; the *_INIT macros fill it in. A library of the same major version takes the
  * structures of every older minor version, and leaves alone what a newer one has added. There is no extension in
- * version 1: `next` must be NULL.
+ * version 1: `next` must be NULL. What is marked 1.1 came with that version.
  */
 #ifndef CFENGINE_CLIENT_H
 #define CFENGINE_CLIENT_H
@@ -65,7 +65,7 @@ extern "C" {
 #endif
 
 #define CF_VERSION_MAJOR 1u
-#define CF_VERSION_MINOR 0u
+#define CF_VERSION_MINOR 1u
 
 /* Results -------------------------------------------------------------------------------------------------------- */
 
@@ -86,7 +86,10 @@ enum {
     CF_ERROR_TOO_LONG = -11,      /* a prompt of more than CF_PROMPT_BYTES */
     CF_ERROR_BUSY = -12,          /* a living process writes a ring of that name */
     CF_ERROR_OUT_OF_MEMORY = -13, /* no memory, or too little shared memory */
-    CF_ERROR_SYSTEM = -14         /* the operating system refused; cf_last_error() has its words */
+    CF_ERROR_SYSTEM = -14,        /* the operating system refused; cf_last_error() has its words */
+    CF_ERROR_MEMORY_KIND = -15,   /* 1.1: frames in device memory and a session not opened for that, or the reverse */
+    CF_ERROR_TIMEOUT = -16,       /* 1.1: the writer did not answer */
+    CF_ERROR_UNSUPPORTED = -17    /* 1.1: not on this system */
 };
 
 /* The sentence about the calling thread's last failure; "" before the first. Valid until its next failure. */
@@ -104,7 +107,8 @@ enum {
     CF_STRUCT_ACQUIRE_INFO = 4,
     CF_STRUCT_FRAME = 5,
     CF_STRUCT_EVENT = 6,
-    CF_STRUCT_STATS = 7
+    CF_STRUCT_STATS = 7,
+    CF_STRUCT_DEVICE_MEMORY = 8 /* 1.1 */
 };
 
 typedef struct cf_header {
@@ -133,6 +137,7 @@ typedef struct cf_header {
 #define CF_FRAME_INIT CF_INIT(cf_frame, CF_STRUCT_FRAME)
 #define CF_EVENT_INIT CF_INIT(cf_event, CF_STRUCT_EVENT)
 #define CF_STATS_INIT CF_INIT(cf_stats, CF_STRUCT_STATS)
+#define CF_DEVICE_MEMORY_INIT CF_INIT(cf_device_memory, CF_STRUCT_DEVICE_MEMORY)
 
 /* Version and clock ---------------------------------------------------------------------------------------------- */
 
@@ -156,17 +161,25 @@ typedef struct cf_session cf_session;
 #define CF_DEFAULT_LEASE_NS 1000000000  /* 1 s */
 #define CF_LONGEST_LEASE_NS 60000000000 /* 60 s */
 
+enum {
+    CF_SESSION_DEVICE_MEMORY = 1u /* 1.1: frames may be in device memory, where planes[].data is NULL */
+};
+
 typedef struct cf_session_info {
     cf_header header;
-    const char* name; /* of the ring, as in `cfengine serve --ring NAME` */
-    int64_t lease_ns; /* how long a frame may be held at least; 0: CF_DEFAULT_LEASE_NS */
+    const char* name;  /* of the ring, as in `cfengine serve --ring NAME` */
+    int64_t lease_ns;  /* how long a frame may be held at least; 0: CF_DEFAULT_LEASE_NS */
+    uint32_t flags;    /* 1.1: CF_SESSION_*, or 0 */
+    uint32_t reserved; /* 1.1: 0 */
 } cf_session_info;
 
 /* Find the ring and take a reader's lease on it. Errors: INVALID_ARGUMENT, NOT_FOUND (try again later), ACCESS,
- * VERSION, BAD_RING, TOO_MANY_READERS, OUT_OF_MEMORY, SYSTEM; *session is then NULL.
+ * VERSION, BAD_RING, TOO_MANY_READERS, OUT_OF_MEMORY, SYSTEM, MEMORY_KIND (the frames are in device memory, and flags
+ * lack CF_SESSION_DEVICE_MEMORY); *session is then NULL.
  *
  * When the writer restarts, the session goes over to its new ring by itself, in cf_frame_acquire or
- * cf_session_poll_state; its first frame carries CF_FRAME_DISCONTINUITY, and sizes may have changed. */
+ * cf_session_poll_state; its first frame carries CF_FRAME_DISCONTINUITY, and sizes may have changed, and where the
+ * flags allow it the kind of memory. A new ring that this call would refuse is not gone over to. */
 CF_API cf_result cf_session_open(const cf_session_info* info, cf_session** session);
 
 /* Release the frame that is held, the lease and the memory. NULL is allowed. */
@@ -189,8 +202,8 @@ enum {
 
 enum {
     CF_MEMORY_HOST = 1,     /* planes are pointers of this process */
-    CF_MEMORY_CUDA_IPC = 2, /* reserved: device memory, handles by way of a socket */
-    CF_MEMORY_OPAQUE_FD = 3 /* reserved: the same for Vulkan */
+    CF_MEMORY_CUDA_IPC = 2, /* 1.1: device memory for CUDA alone; see cf_session_device_memory */
+    CF_MEMORY_OPAQUE_FD = 3 /* 1.1: device memory for Vulkan and CUDA */
 };
 
 typedef struct cf_session_state {
@@ -234,9 +247,9 @@ enum {
 };
 
 typedef struct cf_plane {
-    const void* data;
-    uint64_t stride; /* bytes from one row to the next */
-    uint64_t size;   /* bytes that may be read from `data` on */
+    const void* data; /* NULL in device memory: see cf_frame.offsets */
+    uint64_t stride;  /* bytes from one row to the next */
+    uint64_t size;    /* bytes that may be read from there on */
 } cf_plane;
 
 typedef struct cf_frame {
@@ -253,10 +266,12 @@ typedef struct cf_frame {
     uint32_t memory;           /* CF_MEMORY_* */
     uint32_t width, height;    /* pixels */
     uint32_t plane_count;
-    cf_plane planes[2]; /* read-only memory: writing to it is an access violation */
+    cf_plane planes[2];  /* read-only memory: writing to it is an access violation */
+    uint64_t offsets[2]; /* 1.1: where each plane begins in the allocation of cf_device_memory; 0 in host memory */
 } cf_frame;
 
-/* Pin a frame. CF_SUCCESS: the pixels stay as they are until cf_frame_release, or for the lease at least.
+/* Pin a frame. CF_SUCCESS: the pixels stay as they are until cf_frame_release, or for the lease at least. In device
+ * memory too they are complete: no semaphore is to be waited for.
  *
  * Without a timeout, or when it is over: LATEST and NEAREST give the frame of before again, flagged REPEATED, if there
  * is no better one; NEXT gives CF_NOT_READY. CF_NOT_READY too where the ring has no frame yet. With a timeout, LATEST
@@ -267,9 +282,48 @@ typedef struct cf_frame {
  */
 CF_API cf_result cf_frame_acquire(cf_session* session, const cf_acquire_info* info, cf_frame* frame);
 
-/* Let go of the frame. CF_ERROR_LEASE_LOST: it was held for too long and the writer took it back; what was read of it
- * may be of two frames and should not be shown. The session goes on either way. */
+/* Let go of the frame; in device memory when the program's own work on the device has read it (its fence has signalled,
+ * its event is over): the writer may write there from now on. CF_ERROR_LEASE_LOST: it was held for too long and the
+ * writer took it back; what was read of it may be of two frames and should not be shown. The session goes on either
+ * way. */
 CF_API cf_result cf_frame_release(cf_session* session, uint64_t frame_id);
+
+/* Device memory (1.1) -------------------------------------------------------------------------------------------- */
+
+typedef struct cf_device_memory {
+    cf_header header;
+    uint64_t generation;   /* of the ring, as in cf_frame: a frame of another one is in other memory */
+    uint64_t size;         /* bytes of the whole allocation */
+    uint64_t frame_stride; /* bytes from one slot's frame to the next; slots times this is `size` at most */
+    uint32_t slots;
+    uint32_t memory;         /* CF_MEMORY_OPAQUE_FD or CF_MEMORY_CUDA_IPC */
+    uint8_t device_uuid[16]; /* of the GPU: VkPhysicalDeviceIDProperties.deviceUUID, cuDeviceGetUuid */
+    int32_t fd;              /* OPAQUE_FD: a file descriptor, the caller's to close or to give away; else -1 */
+    uint32_t reserved;
+    uint8_t ipc_handle[64]; /* CUDA_IPC: a CUipcMemHandle; else zeros */
+} cf_device_memory;
+
+/* Ask the writer for the memory that holds the frames: of the ring of the frame that is held, or else of the newest
+ * ring. By the consumer's thread; waits for a second at most. To be called once for each generation:
+ *
+ *     if (frame.memory != CF_MEMORY_HOST && frame.generation != imported) {
+ *         cf_device_memory memory = CF_DEVICE_MEMORY_INIT;
+ *         const cf_result found = cf_session_device_memory(session, &memory);
+ *         if (found == CF_SUCCESS && import(&memory)) imported = memory.generation;
+ *     }
+ *
+ * A writer that restarts has other memory, even where all sizes are equal, so frames say their generation. Memory that
+ * is imported as OPAQUE_FD lives until the last importer lets go; that of CUDA_IPC ends with its writer.
+ *
+ * Vulkan: VkImportMemoryFdInfoKHR with VK_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD_BIT and allocationSize = size, which
+ * takes the descriptor over; a VkBuffer over all of it, and vkCmdCopyBufferToImage from frame.offsets. CUDA:
+ * cuMemImportFromShareableHandle, cuMemAddressReserve, cuMemMap, cuMemSetAccess, then close the descriptor; or
+ * cuIpcOpenMemHandle. Both need the device of device_uuid.
+ *
+ * Errors, with fd -1: INVALID_ARGUMENT; MEMORY_KIND, the frames are in host memory; NOT_FOUND, the writer has ended;
+ * ACCESS, another user listens; TIMEOUT, it does not answer; BAD_RING, the answer is not of this ring, or is damaged;
+ * UNSUPPORTED, not on this system; SYSTEM. */
+CF_API cf_result cf_session_device_memory(cf_session* session, cf_device_memory* memory);
 
 /* Events --------------------------------------------------------------------------------------------------------- */
 

@@ -23,7 +23,10 @@ namespace CFEngine
         ErrorTooLong = -11,
         ErrorBusy = -12,
         ErrorOutOfMemory = -13,
-        ErrorSystem = -14
+        ErrorSystem = -14,
+        ErrorMemoryKind = -15,
+        ErrorTimeout = -16,
+        ErrorUnsupported = -17
     }
 
     public enum CfStructType : uint
@@ -34,7 +37,8 @@ namespace CFEngine
         AcquireInfo = 4,
         Frame = 5,
         Event = 6,
-        Stats = 7
+        Stats = 7,
+        DeviceMemory = 8
     }
 
     public enum CfState : uint { Loading = 1, Ready = 2, Running = 3, Paused = 4, Stalled = 5, Error = 6, Ended = 7 }
@@ -42,6 +46,9 @@ namespace CFEngine
     public enum CfFormat : uint { Rgba8 = 1, Nv12 = 2 }
 
     public enum CfMemory : uint { Host = 1, CudaIpc = 2, OpaqueFd = 3 }
+
+    [Flags]
+    public enum CfSessionFlags : uint { DeviceMemory = 1 }
 
     public enum CfPolicy : uint { Latest = 0, Next = 1, Nearest = 2 }
 
@@ -76,6 +83,8 @@ namespace CFEngine
         public CfHeader Header;
         public IntPtr Name; // UTF-8, ends with a zero
         public long LeaseNs;
+        public CfSessionFlags Flags; // this binding reads host memory and leaves them 0
+        public uint Reserved;
     }
 
     [StructLayout(LayoutKind.Sequential)]
@@ -115,6 +124,12 @@ namespace CFEngine
     }
 
     [StructLayout(LayoutKind.Sequential)]
+    public struct CfOffsets // uint64_t[2]
+    {
+        public ulong First, Second;
+    }
+
+    [StructLayout(LayoutKind.Sequential)]
     public struct CfFrame
     {
         public CfHeader Header;
@@ -126,6 +141,32 @@ namespace CFEngine
         public CfMemory Memory;
         public uint Width, Height, PlaneCount;
         public CfPlanes Planes;
+        public CfOffsets Offsets;
+    }
+
+    [StructLayout(LayoutKind.Sequential)]
+    public struct CfUuid // uint8_t[16]
+    {
+        public ulong Low, High;
+    }
+
+    [StructLayout(LayoutKind.Sequential)]
+    public struct CfIpcHandle // uint8_t[64]
+    {
+        public ulong A, B, C, D, E, F, G, H;
+    }
+
+    [StructLayout(LayoutKind.Sequential)]
+    public struct CfDeviceMemory
+    {
+        public CfHeader Header;
+        public ulong Generation, Size, FrameStride;
+        public uint Slots;
+        public CfMemory Memory;
+        public CfUuid DeviceUuid;
+        public int Fd;
+        public uint Reserved;
+        public CfIpcHandle IpcHandle;
     }
 
     [StructLayout(LayoutKind.Sequential)]
@@ -209,6 +250,8 @@ namespace CFEngine
         public static extern CfResult cf_frame_acquire(IntPtr session, ref CfAcquireInfo info, ref CfFrame frame);
         [DllImport(Library, CallingConvention = C)]
         public static extern CfResult cf_frame_release(IntPtr session, ulong frameId);
+        [DllImport(Library, CallingConvention = C)]
+        public static extern CfResult cf_session_device_memory(IntPtr session, ref CfDeviceMemory memory);
         [DllImport(Library, CallingConvention = C)]
         public static extern CfResult cf_session_push(IntPtr session, ref CfEvent what, out ulong eventId);
         [DllImport(Library, CallingConvention = C)]
