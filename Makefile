@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	$(BIN)/cfengine generate "pan right over a meadow, clear day" --seconds 8 --output out.mp4
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "(cpu and not slow or embed) and not hosts"
+	$(BIN)/python -m pytest -m "(cpu and not slow or embed) and not hosts and not gpu"
 	$(MAKE) --no-print-directory replay
 
 test-hosts: $(VENV)/.installed-test
