@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from cfengine.cli_display import PlainDisplay
+from cfengine.codec.tiny_world import TinyWorldCodec
 from cfengine.config import launched
 from cfengine.errors import CFEngineError, ConfigError
 from cfengine.training.curves import can_draw
+from cfengine.training.data import build_strips
 from cfengine.training.dry import student_step, table, teacher_step
 from cfengine.training.parallel import check_devices, joined, rank, size
 from cfengine.training.recipe import Run, averaged, train_student, train_teacher, write_teacher, write_weights
@@ -45,11 +47,17 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--processes", type=int, help="default: 2 on a CPU (a core each), 1 on a GPU")
         if name == "student":
             command.add_argument("--teacher", type=Path, help="folder of the teacher; default: --out")
+    look = commands.add_parser("probe", help="how whole the landmarks are that a state of the small world draws")
+    look.add_argument("state", type=Path, help="a .state file, with the codec and the strips beside it")
+    look.add_argument("--passes", type=int, default=24)
+    look.add_argument("--scenes", type=int, default=100)
+    look.add_argument("--seed", type=int, default=0, help="that the folder was begun with")
     dump = commands.add_parser("export", help="write the averaged weights of a stage, or a teacher for --teacher")
     dump.add_argument("state", type=Path, help="a .state file, or the folder of a teacher")
     dump.add_argument("folder", type=Path)
-    dump.add_argument("--config", default="tiny-world")
-    dump.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    for command in (look, dump):
+        command.add_argument("--config", default="tiny-world")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     return made
 
 
@@ -85,14 +93,30 @@ def export(options: argparse.Namespace, settings: Settings, say: PlainDisplay) -
     say.done(f"weights of step {step} are in {options.folder}")
 
 
+def say_what_it_draws(options: argparse.Namespace, settings: Settings, say: PlainDisplay) -> None:
+    """See `cfengine.training.probe`."""
+    from cfengine.training.probe import probe
+
+    if not settings.worded:
+        raise ConfigError("probe measures the small world")
+    if min(options.passes, options.scenes) < 1:
+        raise ConfigError(f"--passes is {options.passes} and --scenes {options.scenes}; give 1 or more")
+    world, step = averaged(options.state, settings.config)
+    codec = TinyWorldCodec.from_file(options.state.with_name("refined.safetensors"))
+    strips = build_strips(codec, settings.data.scenes, options.seed + 2, options.state.with_name("strips.safetensors"))
+    drawn = probe(world, settings.config, strips, codec, options.scenes, options.passes)
+    shapes = ", ".join(f"{shape} {share:.2f}" for shape, share in drawn.shapes.items())
+    say.done(f"step {step}: {drawn.landmarks:.2f} landmarks a view, whole {drawn.whole:.3f}; of these {shapes}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; 0, 2 where something is wrong with what was asked, or 130 after Ctrl-C."""
     made = parser()
     options, say = made.parse_args(arguments), PlainDisplay()
     try:
         settings = read(options.config, options.set)
-        if options.command == "export":
-            export(options, settings, say)
+        if options.command in ("export", "probe"):
+            {"export": export, "probe": say_what_it_draws}[options.command](options, settings, say)
             return 0
         settings = settings.scaled(options.steps_scale)
         if options.dry_run:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfengine.config import MemoryConfig
+from cfengine.config import MemoryConfig, ModelConfig
 from cfengine.kernels.rope import axis_frequencies, axis_pairs
 from cfengine.model.dit import Block, CausalDiT, RMSNorm
 from cfengine.training.slots import page_table, positions
@@ -119,6 +119,12 @@ def _recall(keys: Tensor, values: Tensor, mean: Tensor, where: Places, memory: M
     seen[0] = turn(seen[0], where.context)
     hidden = ~valid.flatten(0, 1).repeat_interleave(T // c, dim=-1)[:, None, None]
     return Pages(*(part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in seen), hidden, pages)
+
+
+def _no_pages(sessions: int, config: ModelConfig, device: torch.device) -> Pages:
+    """What first chunks see."""
+    keys = torch.zeros(sessions, config.heads, 0, config.head_dim, device=device)
+    return Pages(keys, keys, keys.new_zeros(sessions, 1, 1, 0, dtype=torch.bool), keys.new_zeros(sessions, 1, 0).long())
 
 
 def _project(block: Block, normed: Tensor, where: Places) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,6 +244,8 @@ def remember(model: CausalDiT, memory: MemoryConfig, clean: Tensor, text: Tensor
         text = F.pad(text, (0, 0, 0, 1))
         bias[-1] = math.log(config.text_len - n)
     context = Context([], model.text_embedding(text), bias, where)
+    if C == 1:  # a first chunk sees no page
+        return context._replace(layers=[_no_pages(B, config, device)] * config.layers)
     x = _patches(model, clean[None])
     six, _ = _modulation(model, torch.zeros(1, B, C, device=device))
     for number, block in enumerate(model.blocks):

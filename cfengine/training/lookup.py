@@ -101,6 +101,8 @@ def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
     """
     B, C, slots = pages.ids.shape
     width = columns.shape[-1]
+    if not slots:
+        return torch.zeros_like(columns[:, first : first + C], dtype=torch.float32)
     seen = columns.reshape(-1, width)[pages.ids]  # (B, C, slots, VIEW)
     there = ~pages.hidden.view(B, C, slots, -1)[..., :1].expand(-1, -1, -1, width)
     shown = torch.zeros(B, C, COLUMNS, device=columns.device)

@@ -14,6 +14,7 @@ from cfengine.model.dit import CausalDiT
 from cfengine.ops import select
 from cfengine.segments.torch import TorchSegments
 from cfengine.segments.walk import walk
+from cfengine.training import forward, lookup
 from cfengine.training.forward import flow
 from cfengine.training.slots import page_table
 
@@ -67,6 +68,20 @@ def test_flow_under_a_window_equals_engine_walk(policy: str) -> None:
     """Windows of nine and of twelve frames, which move on from the fourth and the fifth chunk."""
     for slow in (0, 3):
         compare_with_engine(small_config(policy=policy, slow=slow), 7)
+
+
+@pytest.mark.parametrize("policy", ["slow_fast_paper", "sink_window"])
+def test_first_chunks_alone(policy: str, monkeypatch) -> None:
+    """They equal the engine's walk, run no clean stream, and show nothing that anybody has seen."""
+    config = small_config(policy=policy)
+    assert compare_with_engine(config, 1) == 0
+    model, projected = CausalDiT(MODEL), []
+    monkeypatch.setattr(forward, "_project", lambda *given: projected.append(given))
+    context = forward.remember(model, config.memory, torch.randn(2, 1, 3, 16, 8, 12), torch.randn(2, 1, 4, 8))
+    assert len(context.layers) == MODEL.layers and not projected
+    columns = torch.arange(12).expand(2, 1, 3, -1)
+    assert lookup.shown_columns(columns, context.layers[0]).shape == columns.shape
+    assert not lookup.shown_columns(columns, context.layers[0]).any()
 
 
 def test_page_table_of_a_marked_sequence() -> None:

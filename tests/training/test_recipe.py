@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -107,6 +108,10 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
         assert sentence in capsys.readouterr().err
     assert main([*again, "--set", "data.scenes=3"]) == 2
     assert "was begun with data.scenes 2" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["probe", str(out / "lookup.state"), "--config", str(config), "--passes", "2", "--scenes", "2"]) == 0
+    assert re.match(r"step 1: \d\.\d\d landmarks a view, whole [01]\.\d{3}; of these tower", capsys.readouterr().out)
+    assert main(["probe", str(out / "lookup.state"), "--config", str(config), "--passes", "0"]) == 2
     described = out / "weights" / "model.json"
     described.write_text(json.dumps({"model": {"dim": 24, "colour": 3}, "memory": {}}))
     with pytest.raises(CheckpointError, match="describes no model"):

@@ -19,7 +19,7 @@ def test_shipped_configurations() -> None:
     small, wan = (read(name) for name in built_in())
     assert small.config == preset("tiny-world") and small.worded
     assert (small.codec.steps, small.teacher.steps, small.lookup.steps, small.student.steps) == (1800, 2000, 1800, 350)
-    assert small.student.seeds == (41,) and small.teacher.lengths[1] == Length(4, 4, 0.45, 0.2)
+    assert small.student.seeds == (41,) and small.teacher.lengths[0] == Length(1, 16, 1.0, 0.15)
     assert wan.config.model == preset("wan2.1-t2v-1.3b").model and not wan.worded
     assert wan.teacher.steps == 8000 and wan.teacher.batch == 8 and wan.student.batch == 64
     assert round(wan.student.steps * wan.student.local) == 600 and wan.student.steps == 1100
