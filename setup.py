@@ -32,6 +32,13 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def cmake() -> str | None:
+    """Return a cmake that runs, or None: the one of an active environment does not in the isolated one of a build."""
+    found = shutil.which("cmake")
+    runs = found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
+    return found if runs else None
+
+
 class CMakeBuild(build_ext):
     """Build `cfengine._C` with CMake; without the means to do so, warn once and go on without it."""
 
@@ -52,8 +59,8 @@ class CMakeBuild(build_ext):
     def build_with_cmake(self, cuda: str) -> None:
         if compiler() is None:
             raise FileNotFoundError("no C++ compiler was found")
-        cmake = shutil.which("cmake")
-        if cmake is None:
+        program = cmake()
+        if program is None:
             raise FileNotFoundError("cmake was not found")
         import pybind11
 
@@ -63,7 +70,7 @@ class CMakeBuild(build_ext):
         shutil.rmtree(build / "CMakeFiles", ignore_errors=True)  # an isolated build's tools are gone by the next one
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
-            cmake,
+            program,
             str(ROOT),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -73,7 +80,7 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, cwd=build, check=True)
         jobs = str(self.parallel or os.cpu_count() or 1)
-        subprocess.run([cmake, "--build", ".", "--parallel", jobs], cwd=build, check=True)
+        subprocess.run([program, "--build", ".", "--parallel", jobs], cwd=build, check=True)
         if not target.is_file():
             raise FileNotFoundError(f"the build did not leave {target}")
 
@@ -92,5 +99,5 @@ setup(
     package_data={"cfengine": ["weights/**/*.safetensors", "weights/**/*.json", "training/configs/*.toml"]},
     ext_modules=[Extension("cfengine._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    setup_requires=["cmake"] if compiler() and not shutil.which("cmake") else [],
+    setup_requires=["cmake"] if compiler() and not cmake() else [],
 )

@@ -77,8 +77,9 @@ class ChunkTimings:
 class Frame:
     """One video frame.
 
-    pixels: (height, width, 3) uint8 RGB, an array; of a session with frames="device" a tensor on the GPU, complete, to
-    be read in any stream and not to be written      index: 0, 1, 2, ... since the start of the session
+    pixels: (height, width, 3) uint8 RGB, an array; of a session with frames="device" a tensor on the GPU, complete and
+    not to be written; whoever reads it in another stream than the one that was current when its chunk was asked for
+    keeps it until it is read (or calls its `record_stream`)      index: 0, 1, 2, ... since the start of the session
     time: presentation time in seconds (index / fps)      timings: of the chunk this frame belongs to
     last_event_id: of the newest event of `Session.push` that this frame shows, 0 where there was none
     applied_at_chunk: the first chunk that shows it (`ChunkTimings.chunk`), None where there was none

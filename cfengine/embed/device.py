@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class DeviceFrames:
             self._server = HandleServer()
             undo.callback(self._server.close)
             self._bytes = self.memory.bytes()
+            undo.callback(self._settle)
             with torch.inference_mode():
                 self._bytes.zero_()  # rows end in bytes that no frame writes
                 self.memory.wait()
@@ -100,10 +101,16 @@ class DeviceFrames:
             with torch.inference_mode():  # frames may be tensors of one
                 convert(pixels, planes_in(self._bytes, format, width, height, offsets, strides))
                 self.memory.wait()
+            return writer.commit(*about)
         except BaseException:
+            self._settle()
             writer.cancel()
             raise
-        return writer.commit(*about)
+
+    def _settle(self) -> None:
+        """Wait for what is queued already: the slot is somebody else's next, or the memory goes."""
+        with suppress(Exception):  # of a lost GPU nothing is to be waited for
+            self.memory.wait()
 
     def check(self, name: str, pixels: Any, width: int, height: int) -> None:
         """Raise RingError unless the pixels are where the ring's frames are, and of their size."""

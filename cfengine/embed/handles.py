@@ -12,8 +12,9 @@ import socket
 import struct
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from cfengine.config import runtime_dir
@@ -24,6 +25,7 @@ PACKET = struct.Struct("<8sQQQII16s64s8x")
 PATH_BYTES = 107  # of a Unix socket, without the zero
 SOCKET = "handles"
 BACKLOG = 64
+_HERE: weakref.WeakSet[HandleServer] = weakref.WeakSet()  # of this process
 PAUSE = 0.1  # seconds until a connection is tried again for which there was no descriptor
 
 
@@ -40,20 +42,22 @@ class HandleServer:
     def __init__(self) -> None:
         self._folder = _private_folder()
         self.path = str(self._folder / SOCKET)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._listener.bind(f"{self.path}~")
-            self._listener.listen(BACKLOG)
-            self._listener.setblocking(False)
-            os.rename(f"{self.path}~", self.path)  # under its name it listens: see _sweep
-        except OSError as error:
-            self._listener.close()
-            _remove(self._folder)
-            raise RingError(f"the socket {self.path} cannot be made ({error}); set XDG_RUNTIME_DIR") from error
+        with ExitStack() as undo:
+            undo.callback(_remove, self._folder)
+            try:
+                self._listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                self._listener.bind(f"{self.path}~")
+                self._listener.listen(BACKLOG)
+                self._listener.setblocking(False)
+                os.rename(f"{self.path}~", self.path)  # under its name it listens: see _sweep
+                self._selector = undo.enter_context(selectors.DefaultSelector())
+                self._stop, self._wake = socket.socketpair()
+            except OSError as error:
+                raise RingError(f"the socket {self.path} cannot be made ({error}); set XDG_RUNTIME_DIR") from error
+            undo.pop_all()
         self._pid = os.getpid()
-        self._stop, self._wake = socket.socketpair()
-        self._selector = selectors.DefaultSelector()
         self._thread: threading.Thread | None = None
+        _HERE.add(self)
 
     def start(self, packet: bytes, fd: int | None) -> None:
         """Answer with this from now on, and give each client its own copy of the descriptor; who came before waited."""
@@ -103,6 +107,15 @@ class HandleServer:
             _remove(self._folder)
 
 
+def _leave_to_the_parent() -> None:
+    """In a child that was forked: where its parent has died nobody listens."""
+    for server in list(_HERE):
+        server._listener.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 def _uid_of(client: socket.socket) -> int:
     return struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
 
@@ -113,6 +126,9 @@ def _private_folder() -> Path:
     for place in filter(None, (runtime_dir(), Path(tempfile.gettempdir()), Path("/tmp"))):
         if len(os.fsencode(place / f"cfengine-{'x' * 8}" / f"{SOCKET}~")) > PATH_BYTES:
             why = f"{place} is too long for a socket's path of {PATH_BYTES} bytes"
+            continue
+        if not place.is_absolute():
+            why = f"{place} is not absolute"
             continue
         _sweep(place)
         try:

@@ -61,7 +61,8 @@ class Ring:
     Raises RingError: a living process writes that name, too little shared or device memory, a size that cannot be, or
     a GPU that cannot do it. A ring that a dead process left is replaced; its readers come over by themselves.
 
-    One thread publishes; another may take events. Nothing here waits for a reader.
+    One thread publishes; another may take events. Nothing here waits for a reader. Device memory is given back by
+    `close`, and not where a ring is only dropped.
     """
 
     def __init__(
@@ -100,16 +101,16 @@ class Ring:
         self._device: DeviceFrames | None = None
         if self.memory is not Memory.HOST:
             self._device = DeviceFrames(self.memory, load().ring_frame_stride(**about), slots, device)
+        self._filling = threading.Lock()  # device memory goes when no frame is being written
         try:
             self._writer = load().RingWriter(**about, handle_socket=self._device.socket if self._device else "")
+            self.generation: int = self._writer.generation()
+            if self._device:
+                self._device.start(self.generation)
         except BaseException:
             if self._device:
                 self._device.close()
             raise
-        self.generation: int = self._writer.generation()
-        self._filling = threading.Lock()  # device memory goes when no frame is being written
-        if self._device:
-            self._device.start(self.generation)
 
     def publish(
         self,

@@ -285,7 +285,7 @@ class DeviceLane:
         level = self._scheduler.schedule.efforts[effort]
         told = effort, len(level.passes), level.near
         for place, (part, event) in enumerate(zip(latents.split(self._frames), events, strict=True)):
-            frames = host.drawn[place]
+            frames, host.drawn[place] = host.drawn[place], host.frames[place]  # what stays on the device is its owner's
             if (failed := self._failed.get(place)) is not None:
                 made.append(failed)
             elif not host.finite[place]:

@@ -46,10 +46,10 @@ static cf_ring_layout layout_of(cf_session* session) {
 }
 
 cf_result cf_session_device_memory(cf_session* session, cf_device_memory* memory) {
-    if (session == NULL) return cf_fail(CF_ERROR_INVALID_ARGUMENT, "the session is NULL; open one");
     cf_result result = cf_check_struct(memory, CF_STRUCT_DEVICE_MEMORY, sizeof *memory, "cf_device_memory");
     if (result < 0) return result;
     memory->fd = -1;
+    if (session == NULL) return cf_fail(CF_ERROR_INVALID_ARGUMENT, "the session is NULL; open one");
     const cf_ring_layout ring = layout_of(session);
     if (ring.memory == CF_MEMORY_HOST)
         return cf_fail(CF_ERROR_MEMORY_KIND, "the frames of ring %s are in host memory; read planes[].data",

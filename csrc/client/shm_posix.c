@@ -223,6 +223,10 @@ void cf_os_close_fd(int fd) {
 #if defined(__linux__)
 #define MOST_FDS 4 /* that are taken, to be closed again where there is more than one */
 
+static cf_result ended(const char* name) {
+    return cf_fail(CF_ERROR_NOT_FOUND, "ring %s: nobody listens on its socket; its writer has ended", name);
+}
+
 static cf_result too_late(const char* name) {
     return cf_fail(CF_ERROR_TIMEOUT, "ring %s: its writer did not answer on its socket in time; try again", name);
 }
@@ -236,12 +240,14 @@ static cf_result connect_to(const char* name, const char* path, int64_t until, i
         const int64_t left = until - cf_os_now_ns();
         if (left <= 0) return too_late(name);
         /* a full queue of connections is waited for, this long: rounded up, for 0 would be for ever */
-        const struct timeval most = {(time_t)(left / 1000000000), (suseconds_t)(left % 1000000000 / 1000 + 1)};
-        setsockopt(line, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most);
+        const int64_t us = left / 1000 + 1;
+        const struct timeval most = {(time_t)(us / 1000000), (suseconds_t)(us % 1000000)};
+        if (setsockopt(line, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most) != 0)
+            return refused(name, "setting a time limit for its socket");
         if (connect(line, (const struct sockaddr*)&address, sizeof address) == 0) return CF_SUCCESS;
         if (errno == EAGAIN) return too_late(name);
         if (errno == ECONNREFUSED || errno == ENOENT)
-            return cf_fail(CF_ERROR_NOT_FOUND, "ring %s: nobody listens on its socket; its writer has ended", name);
+            return ended(name);
         if (errno != EINTR) return refused(name, "connecting to its socket");
     }
 }
@@ -271,6 +277,7 @@ static cf_result take_packet(const char* name, int64_t until, int line, void* pa
     for (;;) {
         length = recvmsg(line, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
         if (length >= 0) break;
+        if (errno == ECONNRESET) return ended(name);
         if (errno != EAGAIN && errno != EINTR) return refused(name, "reading from its socket");
         const int64_t left = until - cf_os_now_ns();
         if (left <= 0) return too_late(name);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -172,6 +173,26 @@ def test_a_copy_that_fails_is_shown_to_nobody(ring):
             publish(ring, 1, id)
 
 
+def test_words_about_a_frame_that_make_no_sense_leave_the_slot_free(ring):
+    with pytest.raises(TypeError):
+        ring.publish(picture(1, WIDTH, HEIGHT), chunk=-1)
+    assert ring.publish(picture(1, WIDTH, HEIGHT)) == 1
+
+
+def test_what_a_failed_copy_has_queued_is_waited_for(ring, monkeypatch):
+    """Before the slot is anybody else's: kernels may still be writing it."""
+
+    def half(*given) -> None:
+        raise MemoryError
+
+    log = ring._device.memory.log
+    monkeypatch.setattr(device_module, "convert", half)
+    log.clear()
+    with pytest.raises(MemoryError):
+        ring.publish(picture(1, WIDTH, HEIGHT))
+    assert log == ["wait"]
+
+
 def test_a_held_frame_stays(ring_name, program):
     with Ring(ring_name, WIDTH, HEIGHT, slots=6, memory="opaque_fd") as ring, Reader(ring_name, lease=60) as reader:
         publish(ring, 1)
@@ -288,7 +309,7 @@ ring = Ring({ring_name!r}, 8, 8, memory="opaque_fd")
 if os.fork() == 0:
     ring.close()
     os._exit(0)
-os.wait()
+assert os.wait()[1] == 0
 with Reader(ring.name) as reader, reader.device_memory() as handle:
     assert handle.fd >= 0
 ring.close()
@@ -296,6 +317,33 @@ ring.close()
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_child_does_not_listen_for_its_parent(ring_name):
+    code = f"""
+import os, signal
+from cfengine.embed import Ring
+from tests.embed import standin
+standin.use()
+ring = Ring({ring_name!r}, 8, 8, memory="opaque_fd")
+ring.publish(standin.picture(1, 8, 8))
+if os.fork() == 0:
+    print("forked", os.getpid(), flush=True)
+signal.pause()
+"""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as writer:
+        child = int(writer.stdout.readline().split()[1])
+        with Reader(ring_name) as reader:
+            reader.device_memory().close()
+            writer.kill()
+            writer.wait()
+            os.kill(child, 0)  # it lives
+            with pytest.raises(RingError) as caught:
+                reader.device_memory()
+            os.kill(child, signal.SIGKILL)
+    Ring.unlink(ring_name)
+    assert caught.value.result == "CF_ERROR_NOT_FOUND"
 
 
 # The socket -----------------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ typedef struct cf_device_memory {
     uint64_t frame_stride; /* bytes from one slot's frame to the next; slots times this is `size` at most */
     uint32_t slots;
     uint32_t memory;         /* CF_MEMORY_OPAQUE_FD or CF_MEMORY_CUDA_IPC */
-    uint8_t device_uuid[16]; /* of the GPU: VkPhysicalDeviceIDProperties.deviceUUID, cuDeviceGetUuid */
+    uint8_t device_uuid[16]; /* of the GPU: VkPhysicalDeviceIDProperties.deviceUUID, cuDeviceGetUuid_v2 */
     int32_t fd;              /* OPAQUE_FD: a file descriptor, the caller's to close or to give away; else -1 */
     uint32_t reserved;
     uint8_t ipc_handle[64]; /* CUDA_IPC: a CUipcMemHandle; else zeros */
@@ -320,9 +320,9 @@ typedef struct cf_device_memory {
  * cuMemImportFromShareableHandle, cuMemAddressReserve, cuMemMap, cuMemSetAccess, then close the descriptor; or
  * cuIpcOpenMemHandle. Both need the device of device_uuid.
  *
- * Errors, with fd -1: INVALID_ARGUMENT; MEMORY_KIND, the frames are in host memory; NOT_FOUND, the writer has ended;
- * ACCESS, another user listens; TIMEOUT, it does not answer; BAD_RING, the answer is not of this ring, or is damaged;
- * UNSUPPORTED, not on this system; SYSTEM. */
+ * Errors, with fd -1 unless the structure itself is refused: INVALID_ARGUMENT; MEMORY_KIND, the frames are in host
+ * memory; NOT_FOUND, the writer has ended; ACCESS, another user listens; TIMEOUT, it does not answer; BAD_RING, the
+ * answer is not of this ring, or is damaged or none; UNSUPPORTED, not on this system; SYSTEM. */
 CF_API cf_result cf_session_device_memory(cf_session* session, cf_device_memory* memory);
 
 /* Events --------------------------------------------------------------------------------------------------------- */
