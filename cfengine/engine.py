@@ -225,8 +225,8 @@ class Engine:
         frames: "host", or on a GPU "device": `Frame.pixels` is then a tensor there, and nothing is copied to the host
         On a GPU, pages and captured graphs of a session that was closed or dropped serve the next one; they are let go
         where memory is short, and when the engine is closed.
-        Raises PromptError, ConfigError for a bad seed or past, CapacityError for one more than `max_sessions`,
-        OutputError for a file that cannot be read.
+        Raises PromptError, ConfigError for a bad seed, past or place of frames, CapacityError for one more than
+        `max_sessions`, OutputError for a file that cannot be read.
         """
         self._check_open()
         check_seed(seed)

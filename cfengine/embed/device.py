@@ -120,15 +120,7 @@ class DeviceFrames:
                 f"ring {name} was given a frame on {where}, but its frames are on {self.memory.device}; give a tensor "
                 "there, or make the ring with memory='host'"
             )
-        if (
-            pixels.dtype != torch.uint8
-            or pixels.ndim != 3
-            or tuple(pixels.shape)
-            not in (
-                (height, width, 3),
-                (height, width, 4),
-            )
-        ):
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape) not in ((height, width, 3), (height, width, 4)):
             raise RingError(
                 f"ring {name} was given a frame of shape {tuple(pixels.shape)}, {pixels.dtype}; "
                 f"give ({height}, {width}, 3 or 4) uint8"

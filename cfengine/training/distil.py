@@ -222,8 +222,10 @@ class Distillation:
         gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned)
         loss, measures = (x0 * gradient).mean(), {"gradient": number(gradient.abs().mean())}
         if settings.regression and graded < CHOOSING:
-            kind = 1 if self.judges.before is None else 3
-            goal = carried(self.judges[kind], seen[kind], x, finer(levels[graded], self.fine))
+            judge, view = self.judges.before, seen.before
+            if judge is None:
+                judge, view = self.judges.teacher, seen.teacher
+            goal = carried(judge, view, x, finer(levels[graded], self.fine))
             off = apart(x0[0], goal[0], torch.ones_like(truth[..., 0, 0, :]) if shown is None else 1 - shown)
             loss, measures["regression"] = loss + settings.regression * off, number(off)
         loss.backward()

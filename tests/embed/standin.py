@@ -8,12 +8,15 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from cfengine.embed import Format, Memory, Ring
+from cfengine.embed import Format, Memory, Reader, Ring
 from cfengine.embed import device as device_module
+from cfengine.errors import RingError
 
 UNIT = 2 << 20
 
@@ -47,6 +50,14 @@ class MemfdMemory:
 def use() -> None:
     """Let rings of this process, from now on, have such memory."""
     device_module.allocate = MemfdMemory
+
+
+def reader_beside(writer: threading.Thread, name: str) -> Reader:
+    """A reader of the ring that a thread is about to make."""
+    while True:
+        assert writer.is_alive()
+        with suppress(RingError):
+            return Reader(name)
 
 
 def picture(id: int, width: int, height: int) -> Tensor:

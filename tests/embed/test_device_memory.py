@@ -121,7 +121,9 @@ def test_a_reader_in_python_maps_it(ring_name, format):
             whole = torch.frombuffer(mmap.mmap(handle.fd, handle.size), dtype=torch.uint8)
             found, expected = frame.planes_in(whole), host_planes(format, picture(3, WIDTH, HEIGHT))
             assert all(np.array_equal(one.numpy(), two) for one, two in zip(found, expected, strict=True))
-            assert handle.slots == 24 and handle.size % handle.frame_stride < handle.frame_stride
+            assert handle.slots == 24 and handle.slots * handle.frame_stride <= handle.size == len(
+                ring._device.memory.bytes()
+            )
         assert handle.fd == -1
 
 

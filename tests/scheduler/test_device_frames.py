@@ -5,18 +5,17 @@ from __future__ import annotations
 import mmap
 import threading
 import uuid
-from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
 from cfengine.cli_serve import Request, check
-from cfengine.embed import Format, Memory, Policy, Reader, State
+from cfengine.embed import Format, Memory, Policy, State
 from cfengine.embed import device as device_module
-from cfengine.errors import ConfigError, FaultError, OutputError, RingError
+from cfengine.errors import ConfigError, FaultError, OutputError
 from cfengine.video import VideoWriter
-from tests.embed.standin import MemfdMemory
+from tests.embed.standin import MemfdMemory, reader_beside
 
 pytestmark = [pytest.mark.cpu, pytest.mark.embed]
 
@@ -118,11 +117,7 @@ def test_a_session_into_a_ring_of_device_memory(device_engine, monkeypatch, form
     about = {"seed": 5, "num_frames": 21, "format": format.name.lower(), "memory": "opaque_fd"}
     thread = threading.Thread(target=lambda: done.append(engine.publish("a", name, **about)))
     thread.start()
-    reader = None
-    while reader is None:
-        assert thread.is_alive()
-        with suppress(RingError):
-            reader = Reader(name)
+    reader = reader_beside(thread, name)
     with reader, reader.device_memory() as handle:
         whole = torch.frombuffer(mmap.mmap(handle.fd, handle.size), dtype=torch.uint8)
         while len(seen) < 21:

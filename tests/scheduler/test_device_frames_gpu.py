@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import uuid
-from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
-from cfengine.embed import Format, Policy, Reader
+from cfengine.embed import Format, Policy
 from cfengine.embed.device import convert
-from cfengine.errors import RingError
+from tests.embed.standin import reader_beside
 from tests.scheduler.test_graphs import SMALL
 
 pytestmark = [
@@ -60,11 +59,7 @@ def test_a_session_into_a_ring_of_device_memory(engine, format):
     about = {"seed": 5, "num_frames": 21, "format": format.name.lower(), "memory": "opaque_fd"}
     thread = threading.Thread(target=lambda: done.append(engine.publish("a", name, **about)))
     thread.start()
-    reader = None
-    while reader is None:
-        assert thread.is_alive()
-        with suppress(RingError):
-            reader = Reader(name)
+    reader = reader_beside(thread, name)
     with reader, reader.device_memory() as handle, handle.map() as mapped:
         while len(seen) < 21:
             with reader.acquire(Policy.NEXT, timeout=30) as frame:
