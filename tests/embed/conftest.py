@@ -7,9 +7,16 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from cfengine.embed import Ring
+from cfengine.embed import device as device_module
+from tests.embed.sample_tools import Program
+from tests.embed.standin import MemfdMemory
 
 HERE = Path(__file__).resolve().parent
 CLIENT = HERE.parent.parent / "csrc" / "client"
@@ -99,3 +106,33 @@ def ring_name(request):
     name = f"test-{os.getpid()}-{letters}"
     yield name
     Path(f"/dev/shm/cfengine.{name}").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def standin(monkeypatch):
+    """Rings get the stand-in's memory, and sockets a folder of this test, with a path that is short everywhere."""
+    with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        monkeypatch.setattr(device_module, "allocate", MemfdMemory)
+        yield Path(folder)
+
+
+@pytest.fixture
+def ring(ring_name):
+    with Ring(ring_name, 70, 46, slots=64, memory="opaque_fd") as made:
+        yield made
+
+
+@pytest.fixture
+def program(programs):
+    """start(words...) -> tests/embed/device.c, under AddressSanitizer."""
+    started = []
+
+    def start(*words: object) -> Program:
+        started.append(Program(programs.path("device", "address"), *map(str, words)))
+        return started[-1]
+
+    yield start
+    for one in started:
+        with suppress(ValueError):  # one whose pipes are closed
+            one.__exit__()

@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import torch
@@ -64,6 +65,23 @@ def picture(id: int, width: int, height: int) -> Tensor:
     """(height, width, 3) uint8; device.c has the same."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (torch.stack([5 * x + 3 * id, 7 * y + id, x ^ y ^ id], -1) % 256).to(torch.uint8)
+
+
+def publish(ring: Ring, count: int, first: int = 1) -> None:
+    for id in range(first, first + count):
+        assert ring.publish(picture(id, ring.width, ring.height)) == id
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def comes_back_to(count: int) -> bool:
+    """Whether this process has so many descriptors again, once the last client that was answered is hung up on."""
+    until = time.monotonic() + 20
+    while descriptors() != count and time.monotonic() < until:
+        pass
+    return descriptors() == count
 
 
 def main(name: str, frames: str, format: str = "RGBA8") -> None:
