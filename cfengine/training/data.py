@@ -27,10 +27,14 @@ LOOKS = 2  # every scene is drawn in two looks, so that a prompt can change the 
 
 
 class Strips(NamedTuple):
-    """latents: (scenes, LOOKS, COLUMNS, rows, channels) float16    words: (scenes, LOOKS, 3) concept numbers"""
+    """latents: (scenes, LOOKS, COLUMNS, rows, channels) float16    words: (scenes, LOOKS, 3) concept numbers
+
+    landmarks: (scenes, 8, 3), see `landmarks_of`; None: nobody shall know
+    """
 
     latents: torch.Tensor
     words: torch.Tensor
+    landmarks: torch.Tensor | None = None
 
     def draw(
         self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0, jumps: float = 0.0
@@ -44,11 +48,13 @@ class Batch(NamedTuple):
 
     prompts: (B, C, 4) concept number per group, or (B, C, n, text_dim) rows of a text encoder
     yaws: (B, C, 3) of the views, in latent columns; None where no renderer made them
+    landmarks: (B, 8, 3) of the scenes, as in `Strips`
     """
 
     latents: torch.Tensor
     prompts: torch.Tensor
     yaws: torch.Tensor | None
+    landmarks: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -72,31 +78,42 @@ def strips_of(codec: TinyWorldCodec, scene: world.Scene) -> torch.Tensor:
         return codec.encoder_net(image[None])[0].permute(2, 1, 0).half()
 
 
+def landmarks_of(scene: world.Scene) -> torch.Tensor:
+    """(8, 3) the column right of a landmark's middle, its shape, its colour; -1 where there are only seven."""
+    marks = torch.full((8, 3), -1)
+    for i, mark in enumerate(scene.landmarks):
+        middle = round(mark.bearing / world.DEGREES_PER_PIXEL / world.COLUMN) % COLUMNS
+        marks[i] = torch.tensor([middle, world.SHAPES.index(mark.shape), list(world.COLOURS).index(mark.colour)])
+    return marks
+
+
 def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Path | None = None) -> Strips:
     """Draw and encode `scenes` places in two looks each; kept at `path`, where no codec is needed the next time."""
     if path is not None and path.exists() and drawn_in(path) == scenes:
-        kept = load_file(path)
-        return Strips(kept["latents"], kept["words"])
+        return Strips(**load_file(path))
     rng = np.random.default_rng(seed)
     latents = torch.empty(scenes, LOOKS, COLUMNS, world.HEIGHT // SPACE, codec.latent_channels, dtype=torch.float16)
     words = torch.empty(scenes, LOOKS, 3, dtype=torch.long)
+    landmarks = []
     for i in range(scenes):
         scene = world.random_scene(rng)
+        landmarks.append(landmarks_of(scene))
         for j in range(LOOKS):
             look = scene.look if j == 0 else world.random_look(rng)
             latents[i, j] = strips_of(codec, world.Scene(look, scene.landmarks, scene.hills))
             words[i, j] = torch.tensor([CONCEPTS.index(word) for word in (look.light, look.land, look.weather)])
+    strips = Strips(latents, words, torch.stack(landmarks))
     if path is not None:
         part = path.with_suffix(".part")
-        save_file({"latents": latents, "words": words}, part)
+        save_file(strips._asdict(), part)
         os.replace(part, path)
-    return Strips(latents, words)
+    return strips
 
 
 def drawn_in(path: Path) -> int:
-    """Scenes of a file of strips."""
+    """Scenes of a file of strips; 0 for one that lacks something."""
     with safe_open(path, "pt") as file:
-        return file.get_slice("latents").get_shape()[0]
+        return file.get_slice("latents").get_shape()[0] if set(file.keys()) == set(Strips._fields) else 0
 
 
 def camera_script(chunks: int, draw: np.random.Generator) -> np.ndarray:
@@ -172,5 +189,6 @@ def draw_batch(
     both = both.unflatten(2, (chunks, CHUNK_FRAMES))
     latents = both[torch.arange(size)[:, None], look, torch.arange(chunks)]
     camera = torch.tensor([[[camera_concept(int(rate))] for rate in row] for row in rates])
-    words = strips.words[scenes[:, None], look]
-    return Batch(latents, torch.cat([camera, words], dim=-1), yaws.unflatten(1, (chunks, CHUNK_FRAMES)))
+    prompts = torch.cat([camera, strips.words[scenes[:, None], look]], dim=-1)
+    landmarks = None if strips.landmarks is None else strips.landmarks[scenes]
+    return Batch(latents, prompts, yaws.unflatten(1, (chunks, CHUNK_FRAMES)), landmarks)

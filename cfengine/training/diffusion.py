@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig, SamplerConfig
+from cfengine.training.coupling import couple
 from cfengine.training.data import Batch, Source
-from cfengine.training.forward import flow
+from cfengine.training.forward import flow_from, remember
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
 from cfengine.training.recycle import ErrorBank, corrupt
+from cfengine.training.seen import shown_in
 from cfengine.training.settings import Length, Teacher
 from cfengine.training.state import Progress, World
 
 TAUGHT = SamplerConfig()  # the schedule whose levels the teacher sees most; a student may walk another one
 COPIES = 2  # noisy copies of every chunk in a step
+PLAIN = 0.3  # share of the training after which coupled noise is normal
 RECYCLED = 0.2  # share of the training after which errors are recycled; before it they are large
 
 
@@ -63,16 +66,21 @@ def length_at(lengths: tuple[Length, ...], share: float, common: np.random.Gener
 
 
 def training_step(
-    world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator
+    world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator, plain: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one step, and x0 (B, C, ...) as the model now sees it through the least noise drawn for each chunk."""
+    """Loss of one step, and x0 (B, C, ...) as the model now sees it through the least noise drawn for each chunk.
+
+    plain: see `cfengine.training.coupling.couple`
+    """
     B, C = batch.latents.shape[:2]
     device = batch.latents.device
     sigma = draw_sigmas((COPIES, B, C), sampler_sigmas(), draw).to(device)
     noise = torch.randn(COPIES, *batch.latents.shape, device=device)
-    noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
     with mixed(device):
-        guess = flow(world.dit, config.memory, context, noisy, 1000 * sigma, world.text(batch.prompts))
+        seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
+        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws)[0], plain)
+        noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
+        guess = flow_from(world.dit, seen, noisy, 1000 * sigma)
     loss = (guess - (noise - batch.latents)).square().mean()
     return loss, made_of(batch.latents, context, noisy, guess, sigma)
 
@@ -109,10 +117,10 @@ def train_diffusion(
         common, draw = draws(seed, progress.step)
         length = length_at(settings.lengths, share, common)
         batch = source.draw(length.sessions, length.chunks, draw).on(device)
-        made, begun = None, share >= RECYCLED
+        made, begun, plain = None, share >= RECYCLED, max(0.0, 1 - share / PLAIN)
         for _ in range(3 if begun else 1):
             context = corrupt(batch.latents, made, draw, bank if begun else None)
-            loss, made = training_step(progress.world, config, batch, context, draw)
+            loss, made = training_step(progress.world, config, batch, context, draw, plain)
             loss.backward()
             progress.advance()
             bank.add(batch.latents, context, made, draw)

@@ -39,18 +39,20 @@ from torch import Tensor
 from cfengine.config import EngineConfig
 from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
+from cfengine.training.coupling import COUPLED
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import draw_sigmas, levels_of, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember, window
-from cfengine.training.lookup import BLOCKS, seen_columns, shown_columns
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
 from cfengine.training.recycle import corrupt
+from cfengine.training.seen import shown_in
 from cfengine.training.settings import Student
 from cfengine.training.state import Progress, World
 
 COPIES = 2  # noise levels at which a sample is judged, and at which the critic learns from it
 CRITIC_DECAY = 0.9  # of the critic's average, which nobody uses but a reader of its state
+JUDGED = COUPLED - 0.01  # most noise of judges whose teacher reads in noise what is new
 CHOOSING = 2  # the first passes, which choose what is drawn where the context shows nothing
 FLOOR = 0.1  # least size of the teacher's correction in the gradient's normalisation; latents have unit variance
 
@@ -116,9 +118,13 @@ def apart(x: Tensor, goal: Tensor, where: Tensor) -> Tensor:
     return ((x - goal).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
-def noised(x0: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 (1, B, C, ...) at COPIES random noise levels: x_t (K, B, C, ...), sigma (K, B, C), noise (K, B, C, ...)."""
-    sigma = draw_sigmas((COPIES, *x0.shape[1:3]), sampler_sigmas()[1:], draw).to(x0.device)
+def noised(x0: Tensor, draw: np.random.Generator, most: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """x0 (1, B, C, ...) at COPIES random noise levels up to `most`, with noise that knows nothing of it.
+
+    -> x_t (K, B, C, ...), sigma (K, B, C), noise (K, B, C, ...)
+    """
+    levels = sampler_sigmas()[1:]
+    sigma = draw_sigmas((COPIES, *x0.shape[1:3]), levels[levels <= most], draw).clamp(max=most).to(x0.device)
     noise = torch.randn(COPIES, *x0.shape[1:], device=x0.device)
     return (1 - spread(sigma)) * x0 + spread(sigma) * noise, sigma, noise
 
@@ -143,14 +149,16 @@ def matching_gradient(
     draw: np.random.Generator,
     guidance: float = 0.0,
     returned: Tensor | None = None,
+    most: float = 1.0,
 ) -> Tensor:
     """Where the student's sample x0 (1, B, C, ...) is likelier than it should be: (denoised by the critic - by the
     guided teacher) / mean |x0 - denoised by the teacher| of a chunk, averaged over noise levels (DMD, equation 8).
 
     contexts: what each judge sees
     returned: (B, C, c, VIEW), where the teacher and not `before` is asked; None: nowhere
+    most: noise level at which they are asked
     """
-    noisy, sigma, _ = noised(x0, draw)
+    noisy, sigma, _ = noised(x0, draw, most)
     fake, real, blind, before = (
         None if judge is None else noisy - spread(sigma) * guess(judge, context, noisy, sigma)
         for judge, context in zip(judges, contexts, strict=True)
@@ -163,9 +171,9 @@ def matching_gradient(
     return ((fake - real) / size).mean(0, keepdim=True)
 
 
-def critic_loss(critic: World, context: Context, x0: Tensor, draw: np.random.Generator) -> Tensor:
-    """Flow matching on the student's samples x0 (1, B, C, ...)."""
-    noisy, sigma, noise = noised(x0, draw)
+def critic_loss(critic: World, context: Context, x0: Tensor, draw: np.random.Generator, most: float = 1.0) -> Tensor:
+    """Flow matching on the student's samples x0 (1, B, C, ...), at noise levels up to `most`."""
+    noisy, sigma, noise = noised(x0, draw, most)
     return (guess(critic, context, noisy, sigma, grad=True) - (noise - x0)).square().mean()
 
 
@@ -219,7 +227,8 @@ class Distillation:
         x = come_to(student, own, torch.randn(1, *truth.shape, device=truth.device), levels, graded)
         x0, final = walk(student, own, x, levels[graded:], 0)
         shown, returned = shown_in(own, batch.yaws, first)
-        gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned)
+        most = 1.0 if batch.landmarks is None else JUDGED  # from COUPLED on the teacher takes noise for what it is not
+        gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned, most)
         loss, measures = (x0 * gradient).mean(), {"gradient": number(gradient.abs().mean())}
         if settings.regression and graded < CHOOSING:
             judge, view = self.judges.before, seen.before
@@ -240,7 +249,7 @@ class Distillation:
                 measures["held"] = number(held)
         self.student.advance()
         for _ in range(settings.critic_steps):  # under the context as the critic saw it first: no gradient goes there
-            loss = critic_loss(critic, seen.critic, x0.detach(), draw)
+            loss = critic_loss(critic, seen.critic, x0.detach(), draw, most)
             loss.backward()
             self.critic.advance(settings.critic_pace * rate)
         measures["critic"] = number(loss)
@@ -269,19 +278,6 @@ def redrawn(
     noisy = (1 - spread(sigma)) * truth + spread(sigma) * noise
     x0 = noisy - spread(sigma) * guess(student, own, noisy, sigma, grad=True)
     return x0[0], truth.new_zeros(()) if shown is None else apart(x0[1], truth, shown)
-
-
-def shown_in(context: Context, yaws: Tensor | None, first: int) -> tuple[Tensor | None, Tensor | None]:
-    """What `context`, that of chunks from `first` on, shows of them already, and what of that returns: it was not in
-    the chunk before. Both (B, chunks, c, VIEW).
-
-    yaws: (B, C, c) of the whole sequence; None: nobody knows
-    """
-    if yaws is None:
-        return None, None
-    columns, returning = seen_columns(yaws)
-    shown = shown_columns(columns, context.layers[BLOCKS[1] % len(context.layers)], first)
-    return shown, shown * returning[:, first : first + shown.shape[1]]
 
 
 def horizon(settings: Student, share: float, common: np.random.Generator) -> int:

@@ -9,7 +9,8 @@ of that attention falls on the right tokens, and columns that come back are then
 
 Only what returns is new to learn. Everything else is held to what the teacher predicted before, which also is a target
 without noise: learned from the truth alone, it was unlearned by half (error of copied columns 0.002 before, 0.005 to
-0.007 after, of new ones 0.008 and 0.02 to 0.03, at a noise level of 0.47).
+0.007 after, of new ones 0.008 and 0.02 to 0.03, at a noise level of 0.47). Form is lost all the same where only that
+holds it, so a part of the batches are first chunks, learned from the truth as before.
 
 Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as
 any, which some sessions show by a jump after their first chunk (`jumps`); what is drawn at such a time is learned from
@@ -28,12 +29,14 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig
-from cfengine.training.data import COLUMNS, VIEW, Batch, Source
+from cfengine.training.coupling import couple
+from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import COPIES, draw_sigmas, made_of, sampler_sigmas, spread
 from cfengine.training.forward import Pages, flow, flow_from, remember
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed
 from cfengine.training.recycle import corrupt
+from cfengine.training.seen import seen_columns, shown_in
 from cfengine.training.settings import Descent
 from cfengine.training.state import Progress, World
 
@@ -41,8 +44,8 @@ BLOCKS, HEADS = (2, 3, 4), 3  # where attention is taught: the first heads of th
 HIGH = (1.0, 0.94, 0.88, 0.8)  # noise levels of one of the copies: what is new is decided there
 WARM = 60  # steps until the learning rate is full
 STEADY = 0.65  # share of the steps at the full learning rate; it then falls to zero
-EARLY_LENGTHS = {(16, 1): 1.0}  # chunks of a session, sessions in a batch of one process: share while steady
-LATE_LENGTHS = {(4, 4): 0.05, (8, 2): 0.2, (16, 1): 0.35, (28, 1): 0.4}
+EARLY_LENGTHS = {(1, 16): 0.4, (16, 1): 0.6}  # chunks of a session, sessions in a batch of one process: share
+LATE_LENGTHS = {(1, 16): 0.4, (4, 4): 0.05, (8, 2): 0.1, (16, 1): 0.2, (28, 1): 0.25}  # from STEADY on
 FULL = 10  # chunk from which slow memory may be full
 JUMPS, FAR = (0.0, 0.6), 16  # share of sessions of FAR chunks and more that jump: while steady, then
 SHUTTLES = (1.0, 0.4)  # share of sessions that walk back and forth: while steady, then
@@ -80,37 +83,6 @@ class Lookup(NamedTuple):
         return (-(right + 1e-4).log() * taught[:, None, None]).sum() / total.clamp(min=1)
 
 
-def seen_columns(yaws: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the world that chunks show, and 1 where one returns: it was seen, but not in the chunk before.
-
-    yaws: (B, C, c) in columns      -> (B, C, c, VIEW) twice
-    """
-    columns = (yaws[..., None] + torch.arange(VIEW, device=yaws.device)) % COLUMNS
-    shown = torch.zeros(*yaws.shape[:2], COLUMNS, device=yaws.device).scatter_(-1, columns.flatten(2), 1.0)
-    before = shown.roll(1, 1)
-    before[:, 0] = 0
-    ever = before.cumsum(1).clamp(max=1)
-    returning = (ever - before).gather(-1, columns.flatten(2)).view(columns.shape)
-    return columns, returning
-
-
-def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
-    """1 where a column of a chunk stands in a page that the chunk sees: (B, chunks of `pages`, c, VIEW).
-
-    columns: (B, C, c, VIEW) of the whole sequence, of which `pages` may be those of chunks from `first` on
-    """
-    B, C, slots = pages.ids.shape
-    width = columns.shape[-1]
-    if not slots:
-        return torch.zeros_like(columns[:, first : first + C], dtype=torch.float32)
-    seen = columns.reshape(-1, width)[pages.ids]  # (B, C, slots, VIEW)
-    there = ~pages.hidden.view(B, C, slots, -1)[..., :1].expand(-1, -1, -1, width)
-    shown = torch.zeros(B, C, COLUMNS, device=columns.device)
-    shown = shown.scatter_reduce(-1, seen.flatten(2), there.flatten(2).to(shown), "amax")
-    own = columns[:, first : first + C]
-    return shown.gather(-1, own.flatten(2)).view(own.shape)
-
-
 class Teaching:
     """Collects the loss of attention of the blocks that are taught, as `flow_from` calls it block by block."""
 
@@ -142,16 +114,17 @@ def lookup_step(
     sigma[0] = torch.from_numpy(draw.choice(HIGH, size=(B, C))).float()
     sigma = sigma.to(device)
     noise = torch.randn(COPIES, *batch.latents.shape, device=device)
-    noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
     columns, returning = seen_columns(batch.yaws)
     teaching = Teaching(Lookup(columns, returning, config.grid[0]))
     with mixed(device):
         seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
+        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws)[0])
+        noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
         guess = flow_from(world.dit, seen, noisy, 1000 * sigma, teaching)
     with torch.no_grad(), mixed(device):
         usual = flow(known.dit, config.memory, context, noisy, 1000 * sigma, known.text(batch.prompts))
     returning = returning[:, :, :, None, None]
-    own = returning.bool()
+    own = returning.bool() | (C == 1)
     if late:
         own = own | spread((sigma >= min(HIGH)) & (torch.arange(C, device=device) >= FULL))
     target = torch.where(own, noise - batch.latents, usual)

@@ -26,10 +26,11 @@ from cfengine.config import EngineConfig
 from cfengine.ops import select
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import levels_of, sampler_sigmas
-from cfengine.training.distil import come_to, context_of, finer, guess, own_past, redrawn, shown_in, walk
+from cfengine.training.distil import come_to, context_of, finer, guess, own_past, redrawn, walk
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, number
 from cfengine.training.recycle import corrupt
+from cfengine.training.seen import shown_in
 from cfengine.training.settings import Polish, Student
 from cfengine.training.state import Progress, World
 

@@ -118,11 +118,14 @@ def source_of(run: Run, teacher: Path) -> Source:
     data, strips = run.settings.data, teacher / "strips.safetensors"
     if data.source == "clips":
         return Clips(data.folder, run.config)
-    if strips.exists() and drawn_in(strips) == data.scenes:
-        return build_strips(None, data.scenes, run.seed + 2, strips)
-    path = teacher / "refined.safetensors"
-    codec, own = TinyWorldCodec.from_file(path), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    return build_strips(codec, data.scenes, run.seed + 2, run.out / f"strips-{own}.safetensors")
+    if not strips.exists() or drawn_in(strips) != data.scenes:
+        path = teacher / "refined.safetensors"
+        own = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        codec, strips = TinyWorldCodec.from_file(path), run.out / f"strips-{own}.safetensors"
+        drawn = build_strips(codec, data.scenes, run.seed + 2, strips)
+    else:
+        drawn = build_strips(None, data.scenes, run.seed + 2, strips)
+    return drawn if data.coupled else drawn._replace(landmarks=None)
 
 
 def _world_files(run: Run, log: Log) -> None:

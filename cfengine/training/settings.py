@@ -27,6 +27,7 @@ class Data:
 
     source: str = "world"
     scenes: int = 3000  # of the world, each in two looks
+    coupled: bool = False  # noise says what is new (see `cfengine.training.coupling`); of the world
     folder: str = ""  # of clips
 
     def __post_init__(self) -> None:
@@ -34,6 +35,8 @@ class Data:
             raise ConfigError(f"data.source is {self.source!r}; it is 'world' or 'clips'")
         if (self.source == "clips") != bool(self.folder):
             raise ConfigError(f"data.folder is {self.folder!r} and data.source {self.source!r}; clips need a folder")
+        if self.coupled and self.source != "world":
+            raise ConfigError("data.coupled is true, and nobody knows what clips show; set it to false")
 
 
 @dataclass(frozen=True)

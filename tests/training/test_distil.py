@@ -15,6 +15,7 @@ from cfengine.ops import select
 from cfengine.training import distil
 from cfengine.training.data import Batch
 from cfengine.training.forward import window
+from cfengine.training.seen import shown_in
 from cfengine.training.settings import Settings, Student
 from cfengine.training.state import World
 
@@ -97,15 +98,15 @@ def test_what_returns_is_shown_and_was_not_in_the_chunk_before() -> None:
     given = batch()
     yaws = torch.tensor([[[0, 2, 5], [20, 21, 22], [4, 5, 6]]] * 2)
     own = distil.context_of(world(0), CONFIG, given.latents, given.prompts)
-    shown, returned = distil.shown_in(own, yaws, 0)
+    shown, returned = shown_in(own, yaws, 0)
     assert shown[0].sum((1, 2)).tolist() == [0, 0, 35] and torch.equal(shown[:, 2], returned[:, 2])
     assert shown[0, 2].min(-1).values.tolist() == [1, 1, 0]  # column 17 stands at the edge of the last frame
     held = torch.tensor([[[0, 0, 0], [1, 1, 1], [2, 2, 2]]] * 2)  # nearly all was in the chunk before
-    shown, returned = distil.shown_in(own, held, 0)
+    shown, returned = shown_in(own, held, 0)
     assert shown[0, 1].sum() == 33 and returned.sum() == 0
-    shown, returned = distil.shown_in(window(own, 2, 1), yaws, 2)
+    shown, returned = shown_in(window(own, 2, 1), yaws, 2)
     assert returned[0].sum() == 35 and returned.shape == (2, 1, 3, 12)
-    assert distil.shown_in(own, None, 0) == (None, None)
+    assert shown_in(own, None, 0) == (None, None)
 
 
 def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypatch) -> None:
@@ -155,7 +156,7 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
         yaws = (move * torch.arange(3)).view(1, 3, 1).expand(1, 3, 3)
         given = Batch(torch.randn(shape), prompts, yaws)
         own, *_ = work.contexts(given.latents, prompts)
-        shown, _ = distil.shown_in(own, yaws, 0)
+        shown, _ = shown_in(own, yaws, 0)
         assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
         assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
         last, held = distil.redrawn(

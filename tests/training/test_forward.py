@@ -14,8 +14,9 @@ from cfengine.model.dit import CausalDiT
 from cfengine.ops import select
 from cfengine.segments.torch import TorchSegments
 from cfengine.segments.walk import walk
-from cfengine.training import forward, lookup
+from cfengine.training import forward
 from cfengine.training.forward import flow
+from cfengine.training.seen import shown_columns
 from cfengine.training.slots import page_table
 
 pytestmark = pytest.mark.cpu
@@ -80,8 +81,8 @@ def test_first_chunks_alone(policy: str, monkeypatch) -> None:
     context = forward.remember(model, config.memory, torch.randn(2, 1, 3, 16, 8, 12), torch.randn(2, 1, 4, 8))
     assert len(context.layers) == MODEL.layers and not projected
     columns = torch.arange(12).expand(2, 1, 3, -1)
-    assert lookup.shown_columns(columns, context.layers[0]).shape == columns.shape
-    assert not lookup.shown_columns(columns, context.layers[0]).any()
+    assert shown_columns(columns, context.layers[0]).shape == columns.shape
+    assert not shown_columns(columns, context.layers[0]).any()
 
 
 def test_page_table_of_a_marked_sequence() -> None:

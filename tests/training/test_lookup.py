@@ -12,6 +12,7 @@ from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.training import lookup
 from cfengine.training.data import COLUMNS, VIEW, Batch, Strips, draw_batch, latent_yaws, shuttle
 from cfengine.training.forward import Pages
+from cfengine.training.seen import seen_columns, shown_columns
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
@@ -33,7 +34,7 @@ def strips(scenes: int = 3) -> Strips:
 def test_columns_that_return() -> None:
     """Right by a chunk, right again, back: the third chunk's first columns were seen by the first, not the second."""
     yaws = torch.from_numpy(latent_yaws(np.asarray([[24, 24, -24, -24]]), 58)).unflatten(1, (4, 3))
-    columns, returning = lookup.seen_columns(yaws)
+    columns, returning = seen_columns(yaws)
     assert columns[0, 0, 0].tolist() == [58, 59, *range(10)]
     assert not returning[0, :2].any()  # 61..63, all new or seen a chunk ago
     # chunk 2 looks at 62, 61, 60 (mod 60); chunk 1 began at 61
@@ -76,16 +77,16 @@ def test_attention_learns_from_its_loss_alone() -> None:
 def test_what_pages_show_is_known() -> None:
     """Four chunks of one frame at columns 0, 6, 12 and 3; chunk 3 sees frames 0 and 2 of them, slot 1 is empty."""
     yaws = torch.tensor([0, 6, 12, 3]).view(1, 4, 1)
-    columns, _ = lookup.seen_columns(yaws)
+    columns, _ = seen_columns(yaws)
     ids = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 2]])[None]
     hidden = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]]).bool()
     pages = Pages(torch.empty(0), torch.empty(0), hidden.repeat_interleave(2, -1)[:, None, None], ids)
-    shown = lookup.shown_columns(columns, pages)[0, :, 0]
+    shown = shown_columns(columns, pages)[0, :, 0]
     assert shown[0].sum() == 0
     assert shown[1].tolist() == [1] * (VIEW - 6) + [0] * 6
     assert shown[3].tolist() == [1.0] * VIEW, "0 to 11 and 12 to 23 hold 3 to 14"
     cut = Pages(pages.keys, pages.values, pages.hidden[3:], ids[:, 3:])
-    assert torch.equal(lookup.shown_columns(columns, cut, 3)[0, 0, 0], shown[3])
+    assert torch.equal(shown_columns(columns, cut, 3)[0, 0, 0], shown[3])
 
 
 def test_what_does_not_return_is_held_to_what_the_teacher_knew() -> None:
@@ -93,7 +94,7 @@ def test_what_does_not_return_is_held_to_what_the_teacher_knew() -> None:
     world, draw = World(CONFIG.model), np.random.default_rng(0)
     torch.nn.init.normal_(world.dit.head.head.weight, std=0.2)  # a new world predicts zero
     batch = draw_batch(strips(), 2, 3, draw)
-    assert lookup.seen_columns(batch.yaws)[1].sum() == 0
+    assert seen_columns(batch.yaws)[1].sum() == 0
     losses = []
     for known in (copy.deepcopy(world), World(CONFIG.model)):
         found, _ = lookup.lookup_step(world, known, CONFIG, batch, batch.latents, np.random.default_rng(1), 0)

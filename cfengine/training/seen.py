@@ -1,0 +1,55 @@
+"""What a context shows: the renderer's geometry says which columns of the world stand in the pages of a chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cfengine.training.data import COLUMNS, VIEW
+from cfengine.training.forward import Context, Pages
+
+LAYER = 3  # whose pages are asked; each layer chooses its own, nearly the same
+
+
+def seen_columns(yaws: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the world that chunks show, and 1 where one returns: it was seen, but not in the chunk before.
+
+    yaws: (B, C, c) in columns      -> (B, C, c, VIEW) twice
+    """
+    columns = (yaws[..., None] + torch.arange(VIEW, device=yaws.device)) % COLUMNS
+    shown = torch.zeros(*yaws.shape[:2], COLUMNS, device=yaws.device).scatter_(-1, columns.flatten(2), 1.0)
+    before = shown.roll(1, 1)
+    before[:, 0] = 0
+    ever = before.cumsum(1).clamp(max=1)
+    returning = (ever - before).gather(-1, columns.flatten(2)).view(columns.shape)
+    return columns, returning
+
+
+def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
+    """1 where a column of a chunk stands in a page that the chunk sees: (B, chunks of `pages`, c, VIEW).
+
+    columns: (B, C, c, VIEW) of the whole sequence, of which `pages` may be those of chunks from `first` on
+    """
+    B, C, slots = pages.ids.shape
+    width = columns.shape[-1]
+    if not slots:
+        return torch.zeros_like(columns[:, first : first + C], dtype=torch.float32)
+    seen = columns.reshape(-1, width)[pages.ids]  # (B, C, slots, VIEW)
+    there = ~pages.hidden.view(B, C, slots, -1)[..., :1].expand(-1, -1, -1, width)
+    shown = torch.zeros(B, C, COLUMNS, device=columns.device)
+    shown = shown.scatter_reduce(-1, seen.flatten(2), there.flatten(2).to(shown), "amax")
+    own = columns[:, first : first + C]
+    return shown.gather(-1, own.flatten(2)).view(own.shape)
+
+
+def shown_in(context: Context, yaws: Tensor | None, first: int = 0) -> tuple[Tensor | None, Tensor | None]:
+    """What `context`, that of chunks from `first` on, shows of them already, and what of that returns: it was not in
+    the chunk before. Both (B, chunks, c, VIEW).
+
+    yaws: (B, C, c) of the whole sequence; None: nobody knows
+    """
+    if yaws is None:
+        return None, None
+    columns, returning = seen_columns(yaws)
+    shown = shown_columns(columns, context.layers[LAYER % len(context.layers)], first)
+    return shown, shown * returning[:, first : first + shown.shape[1]]
