@@ -11,10 +11,13 @@ them for itself.
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +114,20 @@ def joined(device: str, **how: Any) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: it would go on and write over what is begun anew."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    if parent_process() is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _enter(number: int, processes: int, store: str, device: str, work: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
+    end_with_parent()
     with joined(device, init_method=f"file://{store}", rank=number, world_size=processes):
         work(*arguments)
 

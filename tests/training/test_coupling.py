@@ -107,9 +107,7 @@ def test_where_landmarks_begin_in_a_first_view_can_be_read() -> None:
 
 def test_landmarks_that_enter_are_as_likely_as_those_of_scenes() -> None:
     counted = coupling.chances()
-    assert counted[:4].sum() == 0 and counted[13] == 1, (
-        "five columns apart, and they begin one off at most"
-    )
+    assert counted[:4].sum() == 0 and counted[13] == 1, "five columns apart, and they begin one off at most"
     torch.manual_seed(2)
     begun, ago = torch.zeros(4000, dtype=torch.long), torch.full((4000,), 5)
     for _ in range(200):

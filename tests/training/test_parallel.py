@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +123,44 @@ def test_devices_that_are_not_there(monkeypatch) -> None:
         parallel.check_devices("cuda", 2)
     with pytest.raises(ConfigError, match="processes is 0"):
         parallel.check_devices("cpu", 0)
+
+
+WORKERS = """
+import os, sys, time
+from pathlib import Path
+from cfengine.training.parallel import in_processes
+def work(folder):
+    (Path(folder) / f"{os.getpid()}.pid").touch()
+    time.sleep(300)
+if __name__ == "__main__":
+    in_processes(2, "cpu", work, sys.argv[1])
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, tmp_path / "workers.py", tmp_path])
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 120)
+    finally:
+        parent.kill()
+        parent.wait()
+    pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    try:
+        wait_until(lambda: not any(map(alive, pids)), 30)
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for a parent to ask does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
