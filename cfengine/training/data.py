@@ -60,6 +60,12 @@ class Batch(NamedTuple):
         """The same on a device."""
         return Batch(*(part if part is None else part.to(device) for part in self))
 
+    def window(self, first: int, count: int) -> Batch:
+        """`count` chunks from `first` on."""
+        chunks = slice(first, first + count)
+        yaws = None if self.yaws is None else self.yaws[:, chunks]
+        return self._replace(latents=self.latents[:, chunks], prompts=self.prompts[:, chunks], yaws=yaws)
+
 
 class Source(Protocol):
     """What batches are drawn from."""

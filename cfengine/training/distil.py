@@ -16,8 +16,9 @@ chunk by chunk through the engine's own passes and memory. Stage 1 rolls out as 
 reaches; stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range
 that grows. `window` chunks at a random place of it are judged, or all of them. In the other batches the context is the
 truth, or what the student's last pass makes of the noised truth, and that pass is also held to the truth, without which
-colours pale. Where the renderer knows what the context shows already, every pass is held to that: what can be copied is
-no matter of taste, and the judges' noise alone would blur it.
+colours pale. Where the renderer knows what the context shows already, or coupled noise says it (see
+`cfengine.training.coupling`), every pass is held to that: what can be copied is no matter of taste, and the judges'
+noise alone would blur it. A teacher that reads in noise what is new is asked only where noise knows nothing.
 
 Of what is new, matching distributions keeps what is likeliest and forgets the rest. With `regression` the passes that
 choose are also held to where the teacher's flow carries what they are given (pairs of noise and sample, as in DMD's own
@@ -39,7 +40,7 @@ from torch import Tensor
 from cfengine.config import EngineConfig
 from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
-from cfengine.training.coupling import COUPLED
+from cfengine.training.coupling import COUPLED, couple
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import draw_sigmas, levels_of, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember, window
@@ -221,8 +222,8 @@ class Distillation:
         if count < latents.shape[1]:
             own = window(own, first, count)
             seen = Judges(*(None if context is None else window(context, first, count) for context in seen))
-        judged = slice(first, first + count)
-        truth = batch.latents[:, judged]
+        part = batch.window(first, count)
+        truth = part.latents
         levels = self.levels.tolist()
         x = come_to(student, own, torch.randn(1, *truth.shape, device=truth.device), levels, graded)
         x0, final = walk(student, own, x, levels[graded:], 0)
@@ -240,11 +241,11 @@ class Distillation:
         loss.backward()
         whole = None
         if anchored:
-            last, held = redrawn(student, self.levels, own, truth, shown, draw)
+            last, held = redrawn(student, self.levels, own, part, shown, draw)
             anchor = (last - truth).square().mean()
             (settings.anchor * (anchor + held)).backward()
             whole, measures["anchor"] = latents.clone(), number(anchor)
-            whole[:, judged] = last.detach()
+            whole[:, first : first + count] = last.detach()
             if batch.yaws is not None:
                 measures["held"] = number(held)
         self.student.advance()
@@ -262,22 +263,27 @@ class Distillation:
 
 
 def redrawn(
-    student: World, levels: Tensor, own: Context, truth: Tensor, shown: Tensor | None, draw: np.random.Generator
+    student: World, levels: Tensor, own: Context, batch: Batch, shown: Tensor | None, draw: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """True chunks (B, C, ...) as the student's last pass redraws them, and how far off a pass before is where the
-    context shows what to draw; both carry the gradient.
+    context, or coupled noise, shows what to draw; both carry the gradient.
 
     levels: of the student's passes      shown: as `shown_columns`; None: nobody knows
     """
+    truth = batch.latents
     sigma = levels[-1].expand(1, *truth.shape[:2])
     if shown is not None:
         earlier = levels[torch.from_numpy(draw.integers(len(levels) - 1, size=truth.shape[:2]))]
         sigma = torch.cat([sigma, earlier[None]])
     sigma = sigma.to(truth.device)
-    noise = torch.randn(len(sigma), *truth.shape, device=truth.device)
+    noise = couple(torch.randn(len(sigma), *truth.shape, device=truth.device), sigma, batch, shown)
     noisy = (1 - spread(sigma)) * truth + spread(sigma) * noise
     x0 = noisy - spread(sigma) * guess(student, own, noisy, sigma, grad=True)
-    return x0[0], truth.new_zeros(()) if shown is None else apart(x0[1], truth, shown)
+    if shown is None:
+        return x0[0], truth.new_zeros(())
+    if batch.landmarks is not None:
+        shown = torch.where((sigma[1] >= COUPLED)[..., None, None], 1.0, shown)
+    return x0[0], apart(x0[1], truth, shown)
 
 
 def horizon(settings: Student, share: float, common: np.random.Generator) -> int:

@@ -13,6 +13,7 @@ from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.errors import ConfigError
 from cfengine.ops import select
 from cfengine.training import distil
+from cfengine.training.coupling import COUPLED
 from cfengine.training.data import Batch
 from cfengine.training.forward import window
 from cfengine.training.seen import shown_in
@@ -159,10 +160,33 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
         shown, _ = shown_in(own, yaws, 0)
         assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
         assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
-        last, held = distil.redrawn(
-            work.student.world, work.levels, own, given.latents, shown, np.random.default_rng(0)
-        )
+        last, held = distil.redrawn(work.student.world, work.levels, own, given, shown, np.random.default_rng(0))
         assert last.requires_grad and (held > 0) == known
+
+
+def test_what_coupled_noise_says_is_held_to_the_truth() -> None:
+    """A first chunk, of which no context shows anything: a pass of much noise is held all the same, others are not."""
+    shape = (2, 1, 3, 16, 8, 12)
+    marks = torch.tensor([[[4, 0, 0]] + [[-1, -1, -1]] * 7]).expand(2, -1, -1)
+    given = Batch(torch.randn(shape), torch.randint(12, (2, 1, 4)), torch.zeros(2, 1, 3, dtype=torch.long), marks)
+    config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=64))
+    work = distil.Distillation(world(0).requires_grad_(False), None, config, Student())
+    own, *_ = work.contexts(given.latents, given.prompts)
+    for pick, said in ((0, True), (1, True), (2, False)):
+        draw = np.random.default_rng(0)
+        levels = work.levels[[pick, 3]]  # the only earlier pass is this one
+        _, held = distil.redrawn(work.student.world, levels, own, given, torch.zeros(2, 1, 3, 12), draw)
+        _, known = distil.redrawn(
+            work.student.world, levels, own, given._replace(landmarks=None), torch.zeros(2, 1, 3, 12), draw
+        )
+        assert (held > 0) == said and known == 0
+
+
+def test_judges_are_asked_where_noise_knows_nothing() -> None:
+    draw = np.random.default_rng(0)
+    sigma = torch.cat([distil.noised(torch.zeros(1, 8, 4, 1, 1, 1, 1), draw, distil.JUDGED)[1] for _ in range(20)])
+    assert sigma.max() == pytest.approx(distil.JUDGED) and sigma.min() < 0.3
+    assert distil.noised(torch.zeros(1, 64, 4, 1, 1, 1, 1), draw)[1].max() > COUPLED
 
 
 def test_a_flow_carries_noise_down_the_levels(contexts, monkeypatch) -> None:
