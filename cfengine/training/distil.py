@@ -19,10 +19,6 @@ truth, or what the student's last pass makes of the noised truth, and that pass 
 colours pale. Where the renderer knows what the context shows already, or coupled noise says it (see
 `cfengine.training.coupling`), every pass is held to that: what can be copied is no matter of taste, and the judges'
 noise alone would blur it. A teacher that reads in noise what is new is asked only where noise knows nothing.
-
-Of what is new, matching distributions keeps what is likeliest and forgets the rest. With `regression` the passes that
-choose are also held to where the teacher's flow carries what they are given (pairs of noise and sample, as in DMD's own
-regression loss), which comes to every kind of landmark as often as the teacher draws it.
 """
 
 from __future__ import annotations
@@ -42,7 +38,7 @@ from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
 from cfengine.training.coupling import COUPLED, couple
 from cfengine.training.data import Batch, Source
-from cfengine.training.diffusion import draw_sigmas, levels_of, sampler_sigmas, spread
+from cfengine.training.diffusion import draw_sigmas, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember, window
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
@@ -54,7 +50,6 @@ from cfengine.training.state import Progress, World
 COPIES = 2  # noise levels at which a sample is judged, and at which the critic learns from it
 CRITIC_DECAY = 0.9  # of the critic's average, which nobody uses but a reader of its state
 JUDGED = COUPLED - 0.01  # most noise of judges whose teacher reads in noise what is new
-CHOOSING = 2  # the first passes, which choose what is drawn where the context shows nothing
 FLOOR = 0.1  # least size of the teacher's correction in the gradient's normalisation; latents have unit variance
 
 
@@ -103,14 +98,6 @@ def come_to(world: World, context: Context, noise: Tensor, levels: list[float], 
         return noise
     _, x0 = walk(world, context, noise, levels[:place])
     return (1 - levels[place]) * x0 + levels[place] * torch.randn_like(x0)
-
-
-@torch.no_grad()
-def carried(world: World, context: Context, x: Tensor, levels: list[float]) -> Tensor:
-    """Where the flow carries x (1, B, C, ...), by Euler's steps from `levels` to `levels`, and from the last to 0."""
-    for here, there in zip(levels, (*levels[1:], 0.0), strict=True):
-        x = x + (there - here) * guess(world, context, x, torch.full(x.shape[:3], here, device=x.device))
-    return x
 
 
 def apart(x: Tensor, goal: Tensor, where: Tensor) -> Tensor:
@@ -199,7 +186,6 @@ class Distillation:
         self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
         self.judges = Judges(self.critic.world, teacher, teacher if settings.guidance else None, before)
         self.levels = sampler_sigmas(config.sampler)
-        self.fine = levels_of(settings.carried, config.sampler.shift).tolist()  # of the teacher's flow
         judged = dataclasses.replace(config.memory, **settings.judges)
         self.theirs = dataclasses.replace(config, memory=judged)  # what the judges remember with
 
@@ -231,13 +217,6 @@ class Distillation:
         most = 1.0 if batch.landmarks is None else JUDGED  # from COUPLED on the teacher takes noise for what it is not
         gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned, most)
         loss, measures = (x0 * gradient).mean(), {"gradient": number(gradient.abs().mean())}
-        if settings.regression and graded < CHOOSING:
-            judge, view = self.judges.before, seen.before
-            if judge is None:
-                judge, view = self.judges.teacher, seen.teacher
-            goal = carried(judge, view, x, finer(levels[graded], self.fine))
-            off = apart(x0[0], goal[0], torch.ones_like(truth[..., 0, 0, :]) if shown is None else 1 - shown)
-            loss, measures["regression"] = loss + settings.regression * off, number(off)
         loss.backward()
         whole = None
         if anchored:

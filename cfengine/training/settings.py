@@ -148,8 +148,6 @@ class Student(Descent):
     window: int = 0  # chunks that are judged at a random place of a rollout; 0: all of them
     chunks: int = 16  # in a batch of one process: so many sessions that their chunks are about that
     guidance: float = 0.0  # how far the teacher is guided away from what it makes without a prompt
-    regression: float = 0.0  # weight with which what is new is held to where the teacher's flow carries it
-    carried: tuple[int, ...] = (900, 800, 700, 600, 500, 400, 300, 200, 100)  # steps of 1000 on the way there
     critic_steps: int = 5  # for each of the student's, with its sample
     critic_pace: float = 2.0  # learning rate of the critic over that of the student
     anchor: float = 1.0  # weight of redrawing the truth from the last noise level, which keeps colours and copies exact
@@ -168,13 +166,6 @@ class Student(Descent):
             raise ConfigError(f"student.short {self.short} and student.long {self.long} must rise from at least 1")
         if not 0 <= self.first <= 1:
             raise ConfigError(f"student.first is {self.first}; it is a share, from 0 to 1")
-        if self.regression < 0 or not falling(self.carried):
-            raise ConfigError(
-                f"student.regression is {self.regression} and carried {self.carried}; give a weight of at least 0, and "
-                "steps that fall from at most 1000 to above 0"
-            )
-        if self.regression and self.guidance:
-            raise ConfigError("student.regression follows a flow that nothing guides; set student.guidance to 0")
         if self.window < 0:
             raise ConfigError(f"student.window is {self.window}; give a number of chunks, or 0 for all of a rollout")
 

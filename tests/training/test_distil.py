@@ -189,63 +189,6 @@ def test_judges_are_asked_where_noise_knows_nothing() -> None:
     assert distil.noised(torch.zeros(1, 64, 4, 1, 1, 1, 1), draw)[1].max() > COUPLED
 
 
-def test_a_flow_carries_noise_down_the_levels(contexts, monkeypatch) -> None:
-    """A flow that is the same everywhere moves x by all of it, in the steps that the levels say."""
-    given, _ = contexts
-    flow, asked = torch.randn(1, *given.latents.shape), []
-
-    def same(of, context, x, level):
-        asked.append((x.clone(), float(level.unique())))
-        return flow
-
-    monkeypatch.setattr(distil, "guess", same)
-    x = torch.randn(1, *given.latents.shape)
-    torch.testing.assert_close(distil.carried(world(0), None, x, [1.0, 0.9, 0.4]), x - flow)
-    assert [level for _, level in asked] == pytest.approx([1.0, 0.9, 0.4])
-    torch.testing.assert_close(asked[2][0], x - 0.6 * flow)
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_what_is_new_is_held_to_where_the_flow_carries_what_a_pass_is_given(early: bool, monkeypatch) -> None:
-    """By the passes that choose, with the teacher as it was before lookup, not where the context shows what to draw."""
-    config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=32))
-    teacher, earlier = (world(seed).requires_grad_(False) for seed in (0, 2))
-    judge = earlier if early else teacher
-    yaws = torch.tensor([[[0, 0, 0], [0, 0, 0]]])  # all of the second chunk was in the first
-    given = Batch(torch.randn(1, 2, 3, 16, 4, 12), torch.randint(12, (1, 2, 4)), yaws)
-    carried, walk, seen, began = [], distil.walk, {}, []
-
-    def watched(of, context, x, levels):
-        carried.append((of, context, x.clone(), levels))
-        return torch.where(torch.arange(2).view(1, 1, 2, 1, 1, 1, 1) == 0, 3.0, 100.0)  # nobody looks at the second
-
-    def walked(of, context, x, levels, graded=None):
-        if graded == 0:
-            began.append(x.clone())
-        return walk(of, context, x, levels, graded)
-
-    monkeypatch.setattr(distil, "carried", watched)
-    monkeypatch.setattr(distil, "walk", walked)
-    means = {}
-    for weight in (0.0, 0.5):
-        settings = Student(regression=weight, peak=1e-2, warm=1, critic_steps=0)
-        work = distil.Distillation(teacher, earlier if early else None, config, settings)
-        contexts = work.contexts
-        monkeypatch.setattr(work, "contexts", lambda *given, see=contexts: seen.setdefault("now", see(*given)))
-        for graded in (0, 1, 2, 3, *[0] * 6):
-            torch.manual_seed(5)
-            seen.clear()
-            made = work.step(given, given.latents, graded, np.random.default_rng(0), anchored=False)
-            assert ("regression" in made.measures) == (weight > 0 and graded < 2)
-            if "regression" in made.measures:
-                of, context, x, levels = carried[-1]
-                assert of is judge and context is seen["now"][1][3 if early else 1] and torch.equal(x, began[-1])
-                assert levels == distil.finer(work.levels[graded].item(), work.fine)
-                assert made.measures["regression"] < 50
-        means[weight] = float(made.sample[:, 0].mean())
-    assert means[0.5] > means[0.0] + 0.1
-
-
 def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:
     teacher, given, draw = world(0).requires_grad_(False), batch(5), np.random.default_rng(0)
     whole = distil.context_of(teacher, CONFIG, given.latents, given.prompts)

@@ -24,7 +24,7 @@ MODEL = ModelConfig(patch=(1, 4, 1), dim=24, ffn_dim=48, heads=2, layers=3, text
 CONFIG = """
 preset = "tiny-world"
 model = {dim = 24, ffn_dim = 48, heads = 2, layers = 3, text_dim = 8, freq_dim = 16}
-data = {scenes = 2}
+data = {scenes = 2, coupled = true}
 codec = {steps = 1, decoder_steps = 1}
 teacher = {steps = 2, lengths = [[2, 1, 1.0, 1.0]]}
 lookup = {steps = 1}
@@ -43,7 +43,7 @@ def test_the_mean_of_students() -> None:
 
 
 def test_a_folder_older_than_a_setting_was_begun_with_its_default(tmp_path) -> None:
-    settings = read("tiny-world", ["student.regression=0.5"])
+    settings = read("tiny-world", ["student.guidance=0.5"])
     (tmp_path / "settings.json").write_text(json.dumps({"seed": 0, "student": {"steps": settings.student.steps}}))
     with pytest.raises(ConfigError, match=r"begun with student\.[a-z]+ .* and is now asked for"):
         begin(Run(tmp_path, settings), STUDENT)
@@ -93,9 +93,7 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
     }
     other = tmp_path / "other"
     again = ["student", *given[:2], "--out", str(other), "--processes", "1", "--teacher", str(tmp_path / "teacher")]
-    assert main([*again, "--set", "student.regression=0.5", "--set", "student.steps=12"]) == 0
-    told = [json.loads(line) for line in (other / "log.jsonl").read_text().splitlines()]
-    assert any("regression" in line for line in told if line["stage"] == "distil")
+    assert main([*again, "--set", "student.steps=12"]) == 0
     strips = *other.glob("strips-*.safetensors"), out / "strips.safetensors"
     drawn, known = (load_file(path)["latents"] for path in strips)
     torch.testing.assert_close(drawn, known, atol=0.02, rtol=0.02)  # the codec was rounded to float16, as are strips

@@ -113,16 +113,3 @@ def test_learning_rates() -> None:
     falling, constant = Descent(100, 2.0, 10), Descent(100, 2.0, 10, constant=True)
     assert schedule(0, constant) == pytest.approx(0.2) and schedule(9, constant) == schedule(99, constant) == 2.0
     assert schedule(50, falling) == pytest.approx(2.0 * 0.51) and schedule(100, falling) == pytest.approx(0.04)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (["student.regression=-0.5"], r"student\.regression is -0\.5"),
-        (["student.carried=[100, 500]"], r"carried \(100, 500\)"),
-        (["student.regression=0.5", "student.guidance=2.0"], r"set student\.guidance to 0"),
-    ],
-)
-def test_a_regression_that_is_none(changes: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        read("tiny-world", changes)
