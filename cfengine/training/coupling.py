@@ -100,7 +100,7 @@ def beginnings(landmarks: Tensor) -> Tensor:
     middle, shape, colour = landmarks.unbind(-1)
     narrow = (shape == world.SHAPES.index("tower")).long()  # one column on each side of its middle; others have two
     kind = torch.where(middle < 0, 0, 1 + colour + COLOURS * shape)
-    found = torch.zeros(len(landmarks), 2, COLUMNS, dtype=torch.long, device=landmarks.device)
+    found = torch.zeros(len(landmarks), 2, COLUMNS, dtype=torch.long)
     for side, column in enumerate((middle - 2 + narrow, middle + 1 - narrow)):
         found[:, side].scatter_reduce_(-1, column % COLUMNS, kind, "amax")
     return found
@@ -110,7 +110,7 @@ def since(begun: Tensor) -> Tensor:
     """(B, n, COLUMNS) bool, n = 1 or 2 cameras as in `beginnings` -> how many columns before, in the order in which a
     camera finds them, the last one began: 1 or more.
     """
-    ago = torch.full(begun.shape, COLUMNS - 1, device=begun.device)
+    ago = torch.full(begun.shape, COLUMNS - 1)
     for back in range(COLUMNS - 1, 0, -1):
         for side, sign in enumerate((1, -1)[: begun.shape[1]]):
             ago[:, side][begun[:, side].roll(sign * back, -1)] = back
@@ -138,11 +138,12 @@ def couple(noise: Tensor, sigma: Tensor, batch: Batch, shown: Tensor | None, pla
     """Noise (K, B, C, ...) of a batch in which, at levels (K, B, C) from COUPLED on, what is new can be read.
 
     shown: (B, C, c, VIEW), 1 where the context shows a column      plain: share of `plain_numbers` in what is written
-    -> as noise, which stays what it is where the batch does not say what there is to see
+    -> as noise, which stays what it is where the batch does not say what there is to see. What is written is drawn on
+    the CPU, whatever the device.
     """
     if batch.landmarks is None or shown is None:
         return noise
-    yaws = batch.yaws
+    yaws, marks, shown, level = (part.cpu() for part in (batch.yaws, batch.landmarks, shown, sigma))
     frame, place = entries(yaws.shape[-1])
     turned = yaws[..., -1] - yaws[..., -2]  # (B, C)
     left = (turned < 0).long()[..., None]
@@ -152,7 +153,7 @@ def couple(noise: Tensor, sigma: Tensor, batch: Batch, shown: Tensor | None, pla
     new &= (frame == 0) | (turned != 0)[..., None]
     fresh = new[..., :1]  # nothing of what is where it begins to look is known
     where = (left * COLUMNS + (yaws[:, :, frame] + at) % COLUMNS).flatten(1)
-    found = beginnings(batch.landmarks)
+    found = beginnings(marks)
     kind, ago = (part.flatten(1).gather(1, where).view(at.shape) for part in (found, since(found > 0)))
     kind = kind.expand(len(noise), -1, -1, -1)
     numbers = numbers_for(kind, chances()[ago])
@@ -161,8 +162,8 @@ def couple(noise: Tensor, sigma: Tensor, batch: Batch, shown: Tensor | None, pla
         alone = there & fresh[..., 0] & ((turned == 0) == still)
         numbers[..., part, 0] = torch.where(alone[..., None], field, numbers[..., part, 0])
     numbers = (1 - plain) * numbers + plain * plain_numbers(kind)
-    row, loud = noise.shape[-2] // 2 + (-place).clamp(min=0), (sigma >= COUPLED)[..., None]
-    return written(noise, frame, row, inside, numbers, new & loud)
+    row, loud = noise.shape[-2] // 2 + (-place).clamp(min=0), (level >= COUPLED)[..., None]
+    return written(noise, *(part.to(noise.device) for part in (frame, row, inside, numbers, new & loud)))
 
 
 def written(noise: Tensor, frame: Tensor, row: Tensor, column: Tensor, numbers: Tensor, where: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def written(noise: Tensor, frame: Tensor, row: Tensor, column: Tensor, numbers: 
     """
     noise = noise.clone()
     flat = noise.permute(0, 1, 2, 3, 5, 6, 4).flatten(1, 2)  # a view
-    places = (slice(None), torch.arange(flat.shape[1])[:, None], frame, row, column.flatten(0, 1))
+    places = (slice(None), torch.arange(flat.shape[1], device=noise.device)[:, None], frame, row, column.flatten(0, 1))
     places = (*places, slice(numbers.shape[-1]))
     flat[places] = torch.where(where.flatten(1, 2)[..., None], numbers.flatten(1, 2), flat[places])
     return noise
@@ -182,13 +183,13 @@ def numbers_for(kind: Tensor, chance: Tensor) -> Tensor:
     """Normal numbers (..., NUMBERS) that say what begins: `kind` as in `beginnings`, where something does with a
     probability of `chance`, and every shape and colour is as likely as another.
     """
-    begins, drawn = kind > 0, torch.rand(kind.shape, device=kind.device)
+    begins, drawn = kind > 0, torch.rand(kind.shape)
     share = torch.where(begins, chance * drawn, chance + (1 - chance) * drawn)
     yes = -torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6))
     shape, colour = (kind - 1) // COLOURS, (kind - 1) % COLOURS
     parts = [yes[..., None]]
     for count, chosen in ((SHAPES, shape), (COLOURS, colour)):
-        free = torch.randn(*kind.shape, count, device=kind.device)
+        free = torch.randn(*kind.shape, count)
         most = free.argmax(-1, keepdim=True)
         chosen = torch.where(begins[..., None], chosen[..., None], most)
         parts.append(free.scatter(-1, most, free.gather(-1, chosen)).scatter(-1, chosen, free.amax(-1, keepdim=True)))

@@ -162,6 +162,8 @@ def train_lookup(
             (losses["flow"] + WEIGHTS[late] * losses["attention"]).backward()
             left = (steps - progress.step) / max(1.0, (1 - STEADY) * steps)
             progress.advance(peak * min(1.0, (progress.step + 1) / WARM, left))
+            if chunks == 1:
+                del losses["attention"]  # nothing to look up
             means |= {name: 0.98 * means.get(name, new.item()) + 0.02 * new.item() for name, new in losses.items()}
             if rank() == 0 and progress.step % 20 == 0:
                 report("lookup", {"step": progress.step, "of": steps, **means})
