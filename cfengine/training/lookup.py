@@ -118,7 +118,7 @@ def lookup_step(
     teaching = Teaching(Lookup(columns, returning, config.grid[0]))
     with mixed(device):
         seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
-        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws))
+        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws)[0])
         noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
         guess = flow_from(world.dit, seen, noisy, 1000 * sigma, teaching)
     with torch.no_grad(), mixed(device):

@@ -168,8 +168,11 @@ def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
     """The distillation of one student, in one process."""
     settings, device = run.settings.student, own_device(run.device)
     begun = averaged(teacher_state(teacher, run.settings), run.config)[0].to(device)
+    before = None
+    if run.settings.lookup.steps:
+        before = averaged(teacher / "dit.state", run.config)[0].to(device)
     with run.log as log:
-        train_distil(state, begun, run.config, source_of(run, teacher), run.seed + own, settings, log)
+        train_distil(state, begun, before, run.config, source_of(run, teacher), run.seed + own, settings, log)
 
 
 def _polishing(run: Run, state: Path, teacher: Path) -> None:

@@ -42,11 +42,14 @@ def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
     return shown.gather(-1, own.flatten(2)).view(own.shape)
 
 
-def shown_in(context: Context, yaws: Tensor | None, first: int = 0) -> Tensor | None:
-    """What `context`, that of chunks from `first` on, shows of them already: (B, chunks, c, VIEW), 1 where it does.
+def shown_in(context: Context, yaws: Tensor | None, first: int = 0) -> tuple[Tensor | None, Tensor | None]:
+    """What `context`, that of chunks from `first` on, shows of them already, and what of that returns: it was not in
+    the chunk before. Both (B, chunks, c, VIEW).
 
     yaws: (B, C, c) of the whole sequence; None: nobody knows
     """
     if yaws is None:
-        return None
-    return shown_columns(seen_columns(yaws)[0], context.layers[LAYER % len(context.layers)], first)
+        return None, None
+    columns, returning = seen_columns(yaws)
+    shown = shown_columns(columns, context.layers[LAYER % len(context.layers)], first)
+    return shown, shown * returning[:, first : first + shown.shape[1]]
