@@ -42,6 +42,7 @@ OTHERS = {
     "landmarks_a_view": "landmarks",
     "shapes_effective": "of 4 shapes",
     "colours_effective": "of 5 colours",
+    "neighbours_alike": "share, 0.05 of scenes",
 }
 PALETTE_LIMIT = 12.0  # mean levels that sky or ground may be off; neighbouring looks differ by 40 and more
 FIT = 0.8  # intersection over union with the template; the codec's own reconstructions reach 0.86 to 0.99
@@ -82,6 +83,13 @@ def follow(seen: list[measure.Seen], after: list[measure.Seen], shift: float) ->
     return right, views
 
 
+def alike(view: list[measure.Seen]) -> tuple[int, int]:
+    """(alike, pairs): neighbours in a view that are whole, and those of one shape and colour; of scenes one in 20."""
+    marks = sorted(mark for mark in view if mark.fit >= FIT)
+    pairs = list(zip(marks, marks[1:], strict=False))
+    return sum((a.shape, a.colour) == (b.shape, b.colour) for a, b in pairs), len(pairs)
+
+
 def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list], effort: int = 0) -> None:
     """Stream from the prompt alone and collect what every chunk shows; effort: see `Session.effort`."""
     draw = np.random.default_rng([seed, 1])
@@ -107,6 +115,7 @@ def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]
     totals["seen"] += [len(view) for view in views]
     totals["shapes"] += [mark.shape for view in views for mark in view]
     totals["colours"] += [mark.colour for view in views for mark in view]
+    totals["neighbours"] += [alike(view) for view in views]
     codec = engine.codec
     truth = world.render(world.random_scene(draw, look), world.camera_yaws(rates, world.random_yaw(draw)))
     again = codec.decoder().decode(codec.encoder().encode(truth))
@@ -194,6 +203,7 @@ def summary(totals: dict[str, list]) -> dict[str, float]:
         "landmarks_a_view": float(np.mean(totals["seen"])),
         "shapes_effective": effective(totals.get("shapes", [])),
         "colours_effective": effective(totals.get("colours", [])),
+        "neighbours_alike": share(totals.get("neighbours", [])),
     }
 
 

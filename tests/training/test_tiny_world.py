@@ -61,6 +61,10 @@ def test_a_frozen_video_would_fail() -> None:
 
 
 def test_how_many_kinds_there_are() -> None:
+    marks = [measure.Seen(x, "ball", colour, fit) for x, colour, fit in ((80.0, "red", 0.9), (16.0, "red", 0.9))]
+    assert bench.alike(marks) == (1, 1) and bench.alike(marks[:1]) == bench.alike([]) == (0, 0)
+    between = measure.Seen(48.0, "ball", "blue", 0.9)
+    assert bench.alike([*marks, between]) == (0, 2) and bench.alike([*marks, between._replace(fit=0.5)]) == (1, 1)
     assert bench.effective([]) == 0 and bench.effective(["ball"] * 5) == 1
     assert bench.effective(["ball", "cone", "arch", "tower"] * 3) == pytest.approx(4)
     assert 1 < bench.effective(["ball"] * 9 + ["cone"]) < 1.5
