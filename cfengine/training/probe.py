@@ -1,7 +1,7 @@
 """How well a state draws: first chunks by many stochastic passes, measured with the renderer's own geometry.
 
-A teacher of flow matching draws badly in four passes and is not what an engine streams, so benches say little of it. In
-a first chunk everything is new; how many of its landmarks have a shape, and which, tells what a student can learn.
+A teacher of flow matching draws better in more passes than an engine streams with. In a first chunk everything is new;
+how many of its landmarks have a shape, and which, tells what a student can learn.
 """
 
 from __future__ import annotations
