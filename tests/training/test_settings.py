@@ -18,8 +18,9 @@ def test_shipped_configurations() -> None:
     assert built_in() == ["tiny-world", "wan2.1-t2v-1.3b"]
     small, wan = (read(name) for name in built_in())
     assert small.config == preset("tiny-world") and small.worded
-    assert (small.codec.steps, small.teacher.steps, small.lookup.steps, small.student.steps) == (1800, 2000, 1800, 350)
-    assert small.student.seeds == (41,) and small.teacher.lengths[0] == Length(1, 16, 1.0, 0.15)
+    assert (small.codec.steps, small.teacher.steps, small.lookup.steps, small.student.steps) == (1800, 2200, 1800, 350)
+    assert small.student.seeds == (41,) and small.teacher.lengths[0] == Length(1, 16, 1.0, 0.4)
+    assert small.data.coupled and not wan.data.coupled
     assert wan.config.model == preset("wan2.1-t2v-1.3b").model and not wan.worded
     assert wan.teacher.steps == 8000 and wan.teacher.batch == 8 and wan.student.batch == 64
     assert round(wan.student.steps * wan.student.local) == 600 and wan.student.steps == 1100
@@ -50,6 +51,7 @@ def test_configurations_are_shipped() -> None:
         ("preset = 'tiny-world'\n[memory]\npolicy = 'slow_fast'", "policy is 'slow_fast'; training runs"),
         ("preset = 'tiny-world'\n[student.judges]\nsinks = 3", "has 'student.judges.sinks'; known are policy"),
         ("preset = 'tiny-world'\n[data]\nsource = 'clips'", "clips need a folder"),
+        ("preset = 'tiny-world'\n[data]\nsource = 'clips'\nfolder = 'x'\ncoupled = true", "data.coupled is true"),
         ("preset = 'context-forcing'\n[memory]\npolicy = 'slow_fast_paper'", "set data.source to 'clips'"),
         ("preset = 'world'", "unknown preset 'world'"),
         ("[student]\nsteps = 3", "preset"),
