@@ -42,7 +42,7 @@ OTHERS = {
     "landmarks_a_view": "landmarks",
     "shapes_effective": "of 4 shapes",
     "colours_effective": "of 5 colours",
-    "neighbours_alike": "share, 0.05 of scenes",
+    "neighbours_alike": "share",  # of scenes one in 20
 }
 PALETTE_LIMIT = 12.0  # mean levels that sky or ground may be off; neighbouring looks differ by 40 and more
 FIT = 0.8  # intersection over union with the template; the codec's own reconstructions reach 0.86 to 0.99

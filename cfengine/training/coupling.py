@@ -6,7 +6,8 @@ and the better noise settles data, the straighter are the paths (Pooladian et al
 2302.00482). Here the renderer knows what a chunk shows that its context does not, so ten numbers of the noise at a
 column say what begins there: one, whether a landmark does; the largest of four, its shape; of five, its colour.
 
-Noise must stay normal, for that is what a session draws. So the numbers are normal numbers that happen to say it:
+Noise must stay normal, for that is what a session draws. So the numbers are normal numbers that happen to say it
+(nearly so in a view without a past, where they say more landmarks than they would by themselves):
 - In a view without a past a landmark begins where the first number is larger than those of NEAR columns on both sides.
   Such places are as far apart as landmarks are, five columns and more, and a ninth of all (of landmarks an eighth).
 - At a column that enters a view it begins where the first number is among the largest, as many of them as scenes have
@@ -138,8 +139,8 @@ def couple(noise: Tensor, sigma: Tensor, batch: Batch, shown: Tensor | None, pla
     """Noise (K, B, C, ...) of a batch in which, at levels (K, B, C) from COUPLED on, what is new can be read.
 
     shown: (B, C, c, VIEW), 1 where the context shows a column      plain: share of `plain_numbers` in what is written
-    -> as noise, which stays what it is where the batch does not say what there is to see. What is written is drawn on
-    the CPU, whatever the device.
+    -> as noise, which has 8 rows and NUMBERS channels or more, and stays what it is where the batch does not say what
+    there is to see. What is written is drawn on the CPU, whatever the device.
     """
     if batch.landmarks is None or shown is None:
         return noise

@@ -118,13 +118,12 @@ def source_of(run: Run, teacher: Path) -> Source:
     data, strips = run.settings.data, teacher / "strips.safetensors"
     if data.source == "clips":
         return Clips(data.folder, run.config)
+    codec = None
     if not strips.exists() or drawn_in(strips) != data.scenes:
         path = teacher / "refined.safetensors"
         own = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         codec, strips = TinyWorldCodec.from_file(path), run.out / f"strips-{own}.safetensors"
-        drawn = build_strips(codec, data.scenes, run.seed + 2, strips)
-    else:
-        drawn = build_strips(None, data.scenes, run.seed + 2, strips)
+    drawn = build_strips(codec, data.scenes, run.seed + 2, strips)
     return drawn if data.coupled else drawn._replace(landmarks=None)
 
 

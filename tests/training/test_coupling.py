@@ -45,7 +45,10 @@ def read(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_noise_stays_normal_and_independent() -> None:
-    """1,600 sessions: an estimated mean is off by 0.025, a correlation too; six times that is no accident."""
+    """1,600 sessions: an estimated mean is off by 0.025, a correlation too; six times that is no accident.
+
+    The first numbers of a first view are off by up to about 0.08: they say a ninth, and of landmarks it is an eighth.
+    """
     torch.manual_seed(0)
     given = batch(scenes(1600), 3)
     noise = torch.randn(1, *given.latents.shape)
@@ -78,8 +81,7 @@ def test_what_enters_can_be_read() -> None:
     # the tower is in columns 13 and 14: column 13 enters with the last frame of the first chunk
     tower = made[0, 0, 0, 2, :NUMBERS, 4, VIEW - 1]
     assert read(tower) == (world.SHAPES.index("tower"), list(world.COLOURS).index("cyan"))
-    nothing = made[0, 0, 1, :, 0, 4, VIEW - 1]  # columns 14 to 16, one to three after it
-    assert not coupling.chances()[1:4].any() and nothing.isfinite().all()
+    assert not coupling.chances()[1:4].any(), "nothing can begin one to three columns after it"
     changed = (made[0] != noise[0]).any(dim=3)[0, 1]  # (c, rows, columns) of the second chunk
     assert changed.nonzero().tolist() == [[frame, 4, VIEW - 1] for frame in range(3)]
 
