@@ -78,7 +78,7 @@ def training_step(
     noise = torch.randn(COPIES, *batch.latents.shape, device=device)
     with mixed(device):
         seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
-        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws)[0], plain)
+        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws), plain)
         noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
         guess = flow_from(world.dit, seen, noisy, 1000 * sigma)
     loss = (guess - (noise - batch.latents)).square().mean()

@@ -5,9 +5,7 @@ every landmark that may appear. The student, a copy of the teacher at first, lea
 after a random number of its own passes is noised again, and moved against the difference of two denoised versions:
 that of a critic, which learns to denoise the student's samples, and that of the teacher (Yin et al., arXiv 2311.18828
 and 2405.14867; with passes of the sampler and one that carries the gradient as in Huang et al., arXiv 2506.08009).
-The teacher may be guided by what it makes without a prompt (Ho and Salimans, arXiv 2207.12598). One that learned to
-look things up judges what it learned there: columns that return out of the memory. Of the rest, above all of what is
-new, the teacher as it was before is the judge, for the lookup stage only approaches what that knew.
+The teacher may be guided by what it makes without a prompt (Ho and Salimans, arXiv 2207.12598).
 `cfengine.training.settings.Student` has the numbers.
 
 Student, critic and teacher see the same context, unless `judges` gives the others a memory of their own, as a teacher
@@ -16,9 +14,12 @@ chunk by chunk through the engine's own passes and memory. Stage 1 rolls out as 
 reaches; stage 2 (contextual distribution matching, Context Forcing, arXiv 2602.06028) draws the length from a range
 that grows. `window` chunks at a random place of it are judged, or all of them. In the other batches the context is the
 truth, or what the student's last pass makes of the noised truth, and that pass is also held to the truth, without which
-colours pale. Where the renderer knows what the context shows already, or coupled noise says it (see
-`cfengine.training.coupling`), every pass is held to that: what can be copied is no matter of taste, and the judges'
-noise alone would blur it. A teacher that reads in noise what is new is asked only where noise knows nothing.
+colours pale. Where the renderer knows what the context shows already, every pass is held to that: what can be copied is
+no matter of taste, and the judges' noise alone would blur it.
+
+Where noise says what is new (see `cfengine.training.coupling`), passes of so much noise have nothing to choose: they
+are held to what the teacher reads in the student's own noise and context. Judges are asked about the passes that
+follow, and only where noise knows nothing.
 """
 
 from __future__ import annotations
@@ -120,13 +121,12 @@ def noised(x0: Tensor, draw: np.random.Generator, most: float = 1.0) -> tuple[Te
 class Judges(NamedTuple):
     """Who denoises a sample; each sees the context with its own eyes.
 
-    blind: the teacher, without a prompt      before: the teacher as it was before it learned to look things up
+    blind: the teacher, without a prompt
     """
 
     critic: World
     teacher: World
     blind: World | None = None
-    before: World | None = None
 
 
 @torch.no_grad()
@@ -136,23 +136,19 @@ def matching_gradient(
     x0: Tensor,
     draw: np.random.Generator,
     guidance: float = 0.0,
-    returned: Tensor | None = None,
     most: float = 1.0,
 ) -> Tensor:
     """Where the student's sample x0 (1, B, C, ...) is likelier than it should be: (denoised by the critic - by the
     guided teacher) / mean |x0 - denoised by the teacher| of a chunk, averaged over noise levels (DMD, equation 8).
 
     contexts: what each judge sees
-    returned: (B, C, c, VIEW), where the teacher and not `before` is asked; None: nowhere
     most: noise level at which they are asked
     """
     noisy, sigma, _ = noised(x0, draw, most)
-    fake, real, blind, before = (
+    fake, real, blind = (
         None if judge is None else noisy - spread(sigma) * guess(judge, context, noisy, sigma)
         for judge, context in zip(judges, contexts, strict=True)
     )
-    if before is not None:
-        real = before if returned is None else torch.where(returned[:, :, :, None, None] > 0, real, before)
     if blind is not None:
         real = real + guidance * (real - blind)
     size = (x0 - real).abs().mean(dim=(3, 4, 5, 6), keepdim=True).clamp(min=FLOOR)
@@ -178,20 +174,19 @@ class Made(NamedTuple):
 class Distillation:
     """Student, critic and teacher, and one step of the first two."""
 
-    def __init__(self, teacher: World, before: World | None, config: EngineConfig, settings: Student) -> None:
-        """before: the teacher as it was before it learned to look things up; None: it did not"""
+    def __init__(self, teacher: World, config: EngineConfig, settings: Student) -> None:
         self.config, self.settings = config, settings
         self.student = Progress(copy.deepcopy(teacher).requires_grad_(True), settings)
         pace = dataclasses.replace(settings, decay=CRITIC_DECAY)
         self.critic = Progress(copy.deepcopy(teacher).requires_grad_(True), pace)
-        self.judges = Judges(self.critic.world, teacher, teacher if settings.guidance else None, before)
+        self.judges = Judges(self.critic.world, teacher, teacher if settings.guidance else None)
         self.levels = sampler_sigmas(config.sampler)
         judged = dataclasses.replace(config.memory, **settings.judges)
         self.theirs = dataclasses.replace(config, memory=judged)  # what the judges remember with
 
     def contexts(self, latents: Tensor, prompts: Tensor) -> tuple[Context, Judges]:
         """What the student and each judge see."""
-        texts = Judges(prompts, prompts, torch.zeros_like(prompts), prompts)  # rows of zeros are what pads a prompt
+        texts = Judges(prompts, prompts, torch.zeros_like(prompts))  # rows of zeros are what pads a prompt
         own = context_of(self.student.world, self.config, latents, prompts)
         return own, Judges(
             *(
@@ -209,15 +204,22 @@ class Distillation:
             own = window(own, first, count)
             seen = Judges(*(None if context is None else window(context, first, count) for context in seen))
         part = batch.window(first, count)
+        most = 1.0 if batch.landmarks is None else JUDGED
         truth = part.latents
         levels = self.levels.tolist()
         x = come_to(student, own, torch.randn(1, *truth.shape, device=truth.device), levels, graded)
         x0, final = walk(student, own, x, levels[graded:], 0)
-        shown, returned = shown_in(own, batch.yaws, first)
-        most = 1.0 if batch.landmarks is None else JUDGED  # from COUPLED on the teacher takes noise for what it is not
-        gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, returned, most)
-        loss, measures = (x0 * gradient).mean(), {"gradient": number(gradient.abs().mean())}
-        loss.backward()
+        read = levels[graded] > most  # so much noise says what is new
+        if read:
+            level = torch.full(x.shape[:3], levels[graded], device=x.device)
+            drift = (x0 - (x - spread(level) * guess(self.judges.teacher, seen.teacher, x, level))).square().mean()
+            (settings.anchor * drift).backward()
+            measures = {"drift": number(drift)}
+        else:
+            gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, most)
+            (x0 * gradient).mean().backward()
+            measures = {"gradient": number(gradient.abs().mean())}
+        shown = shown_in(own, batch.yaws, first)
         whole = None
         if anchored:
             last, held = redrawn(student, self.levels, own, part, shown, draw)
@@ -228,11 +230,11 @@ class Distillation:
             if batch.yaws is not None:
                 measures["held"] = number(held)
         self.student.advance()
-        for _ in range(settings.critic_steps):  # under the context as the critic saw it first: no gradient goes there
+        for _ in range(0 if read else settings.critic_steps):  # under the context as it was: no gradient goes there
             loss = critic_loss(critic, seen.critic, x0.detach(), draw, most)
             loss.backward()
             self.critic.advance(settings.critic_pace * rate)
-        measures["critic"] = number(loss)
+            measures["critic"] = number(loss)
         return Made(final[0], whole, measures)
 
     def judged(self, chunks: int, draw: np.random.Generator) -> tuple[int, int]:
@@ -313,18 +315,17 @@ def own_past(
 def train_distil(
     out: Path,
     teacher: World,
-    before: World | None,
     config: EngineConfig,
     source: Source,
     seed: int,
     settings: Student,
     report: Callable[[str, dict], None],
 ) -> None:
-    """Distil `teacher` in `settings.steps` steps, in whole batches; before: see `Distillation`.
+    """Distil `teacher` in `settings.steps` steps, in whole batches.
 
     Goes on from `out` where it exists; the state stays there.
     """
-    work, steps, device = Distillation(teacher, before, config, settings), settings.steps, device_of(teacher)
+    work, steps, device = Distillation(teacher, config, settings), settings.steps, device_of(teacher)
     kept = out.with_name(f"{out.stem}-critic{out.suffix}")
     progress, means, ops = work.student, {}, select(device.type)
     if progress.resume(out):

@@ -100,15 +100,13 @@ def student_step(settings: Settings) -> Cost:
     """A step of the student and those of its critic at the longest horizon; the rollout before it is not counted."""
     config, student = settings.config, settings.student
     teacher = _world(settings).requires_grad_(False)
-    before = _world(settings).requires_grad_(False) if settings.lookup.steps else None
-    work = Distillation(teacher, before, config, student)
+    work = Distillation(teacher, config, student)
     chunks = student.long[-1]
     batch = batch_of(config, student.sessions(chunks), chunks, settings.worded)
     graded, draw = 0, np.random.default_rng(0)  # the pass that costs most
     with FlopCounterMode(display=False) as counter:
         work.step(batch, batch.latents, graded, draw, anchored=student.alone < 1)
-    others = [teacher] if before is None else [teacher, before]
-    return _cost("student", batch, config, [work.student, work.critic], others, counter.get_total_flops())
+    return _cost("student", batch, config, [work.student, work.critic], [teacher], counter.get_total_flops())
 
 
 def _world(settings: Settings) -> World:

@@ -3,18 +3,16 @@
 Copying what the chunk before shows, shifted as the prompt says, explains nearly everything in a video of this world;
 the few columns that come back after they were out of view are the only ones that need the memory, and diffusion alone
 did not learn to find them in 3,000 steps. So the renderer's geometry says which page tokens show the place of a token,
-and some heads are held to them: the loss of a head is -log(its attention on those page tokens). In about 800 steps half
-of that attention falls on the right tokens, and columns that come back are then copied. A session walks back and forth
-(`shuttle`), so that most of what enters the view was seen.
+and some heads are held to them: the loss of a head is -log(its attention on those page tokens). Most sessions walk back
+and forth (`shuttle`), so that much of what enters the view was seen. Not all of them: a teacher that never meets what
+is new looks everything up, and draws a new landmark like one that it knows. Attention that adds up to one always finds
+something, so where no page shows a place, the same heads are held to look at no page, but at their own chunk. And some
+scenes have landmarks of one or two kinds only (`data.alike`): where a landmark looks like one that was seen, that does
+not yet make it the same place. Without them a camera that turns around and finds two alike went on as after the first.
 
-Only what returns is new to learn. Everything else is held to what the teacher predicted before, which also is a target
-without noise: learned from the truth alone, it was unlearned by half (error of copied columns 0.002 before, 0.005 to
-0.007 after, of new ones 0.008 and 0.02 to 0.03, at a noise level of 0.47). Form is lost all the same where only that
-holds it, so a part of the batches are first chunks, learned from the truth as before.
-
+All else is flow matching as before, with the columns that enter counting more. A part of the batches are first chunks.
 Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as
-any, which some sessions show by a jump after their first chunk (`jumps`); what is drawn at such a time is learned from
-the truth again, since the teacher has not seen it before.
+any, which some sessions show by a jump after their first chunk (`jumps`).
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from cfengine.config import EngineConfig
 from cfengine.training.coupling import couple
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import COPIES, draw_sigmas, made_of, sampler_sigmas, spread
-from cfengine.training.forward import Pages, flow, flow_from, remember
+from cfengine.training.forward import Pages, flow_from, remember
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed
 from cfengine.training.recycle import corrupt
@@ -46,11 +44,10 @@ WARM = 60  # steps until the learning rate is full
 STEADY = 0.65  # share of the steps at the full learning rate; it then falls to zero
 EARLY_LENGTHS = {(1, 16): 0.4, (16, 1): 0.6}  # chunks of a session, sessions in a batch of one process: share
 LATE_LENGTHS = {(1, 16): 0.4, (4, 4): 0.05, (8, 2): 0.1, (16, 1): 0.2, (28, 1): 0.25}  # from STEADY on
-FULL = 10  # chunk from which slow memory may be full
 JUMPS, FAR = (0.0, 0.6), 16  # share of sessions of FAR chunks and more that jump: while steady, then
-SHUTTLES = (1.0, 0.4)  # share of sessions that walk back and forth: while steady, then
-WEIGHTS = (0.5, 0.2)  # of the loss of attention: while steady, then
-MORE = (3.0, 2.0)  # how much more a returning column counts in the loss of the flow: while steady, then
+SHUTTLES = (0.7, 0.3)  # share of sessions that walk back and forth: while steady, then
+WEIGHTS = (1.0, 0.4)  # of the loss of attention: while steady, then
+MORE = (3.0, 2.0)  # how much more a column that enters counts in the flow's loss: while steady, then
 USES = (1, 2)  # of a batch; from the second on, its context holds what the model made (error recycling)
 
 
@@ -66,7 +63,8 @@ class Lookup(NamedTuple):
     rows: int
 
     def loss(self, weight: Tensor, pages: Pages) -> Tensor:
-        """-log(attention on the page tokens that show the same place), mean over the tokens that return.
+        """-log(attention on the page tokens that show the same place, or on no page where none does), mean over tokens
+        that return or are new.
 
         weight: (B C, heads, K, T, L), attention of noisy chunks on page tokens
         """
@@ -75,12 +73,16 @@ class Lookup(NamedTuple):
         shown = self.columns.reshape(-1, width)[pages.ids.flatten(0, 1)]  # (B C, slots, VIEW)
         shown = shown[:, :, None].expand(-1, -1, self.rows, -1).flatten(1)  # (B C, L)
         row = torch.arange(self.rows, device=weight.device)[:, None].expand(-1, width).flatten()
-        same = (own[..., None] == shown[:, None]) & (row.repeat(c)[:, None] == row.repeat(pages.ids.shape[2]))
-        same &= ~pages.hidden.reshape(count, 1, -1)
-        taught = self.returning.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1) * same.any(-1)
-        right = (weight.float() * same[:, None, None]).sum(-1)  # (B C, heads, K, T)
-        total = taught.sum() * right.shape[1] * right.shape[2]
-        return (-(right + 1e-4).log() * taught[:, None, None]).sum() / total.clamp(min=1)
+        there = ~pages.hidden.reshape(count, 1, -1)
+        same = there & (own[..., None] == shown[:, None])
+        found = same.any(-1)  # (B C, T)
+        same &= row.repeat(c)[:, None] == row.repeat(pages.ids.shape[2])
+        taught = self.returning.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1).bool()
+        taught = torch.where(found, taught, there.any(-1))[:, None, None]
+        weight, found = weight.float(), found[:, None, None]
+        right = torch.where(found, (weight * same[:, None, None]).sum(-1), 1 - weight.sum(-1))  # (B C, heads, K, T)
+        loss = -(right.clamp(min=0) + 1e-4).log() * taught
+        return loss.sum() / taught.expand_as(right).sum().clamp(min=1)
 
 
 class Teaching:
@@ -96,39 +98,24 @@ class Teaching:
 
 
 def lookup_step(
-    world: World,
-    known: World,
-    config: EngineConfig,
-    batch: Batch,
-    context: Tensor,
-    draw: np.random.Generator,
-    late: int,
+    world: World, config: EngineConfig, batch: Batch, context: Tensor, draw: np.random.Generator, late: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses of one step (flow, attention), and x0 (B, C, ...) as `training_step`.
-
-    known: the teacher as it was before      late: 0 while steady, then 1
-    """
+    """Losses of one step (flow, attention), and x0 (B, C, ...) as `training_step`; late: 0 while steady, then 1."""
     B, C = batch.latents.shape[:2]
     device = batch.latents.device
     sigma = draw_sigmas((COPIES, B, C), sampler_sigmas(), draw)
     sigma[0] = torch.from_numpy(draw.choice(HIGH, size=(B, C))).float()
     sigma = sigma.to(device)
     noise = torch.randn(COPIES, *batch.latents.shape, device=device)
-    columns, returning = seen_columns(batch.yaws)
+    columns, entering, returning = seen_columns(batch.yaws)
     teaching = Teaching(Lookup(columns, returning, config.grid[0]))
     with mixed(device):
         seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
-        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws)[0])
+        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws))
         noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
         guess = flow_from(world.dit, seen, noisy, 1000 * sigma, teaching)
-    with torch.no_grad(), mixed(device):
-        usual = flow(known.dit, config.memory, context, noisy, 1000 * sigma, known.text(batch.prompts))
-    returning = returning[:, :, :, None, None]
-    own = returning.bool() | (C == 1)
-    if late:
-        own = own | spread((sigma >= min(HIGH)) & (torch.arange(C, device=device) >= FULL))
-    target = torch.where(own, noise - batch.latents, usual)
-    error = ((guess - target).square() * (1 + MORE[late] * returning)).mean()
+    weight = 1 + MORE[late] * entering[:, :, :, None, None]
+    error = ((guess - (noise - batch.latents)).square() * weight).mean()
     return {"flow": error, "attention": teaching.loss}, made_of(batch.latents, context, noisy, guess, sigma)
 
 
@@ -158,7 +145,7 @@ def train_lookup(
         made = None
         for _ in range(USES[late]):
             context = corrupt(batch.latents, made, draw)
-            losses, made = lookup_step(progress.world, teacher, config, batch, context, draw, late)
+            losses, made = lookup_step(progress.world, config, batch, context, draw, late)
             (losses["flow"] + WEIGHTS[late] * losses["attention"]).backward()
             left = (steps - progress.step) / max(1.0, (1 - STEADY) * steps)
             progress.advance(peak * min(1.0, (progress.step + 1) / WARM, left))

@@ -65,7 +65,7 @@ class Polishing:
         loss.backward()
         measures, last = {f"pass{place}": number(loss)}, None
         if anchored:
-            made, wrong = redrawn(student, self.levels, own, batch, shown_in(own, batch.yaws)[0], draw)
+            made, wrong = redrawn(student, self.levels, own, batch, shown_in(own, batch.yaws), draw)
             anchor = (made - truth).square().mean()
             (anchor + wrong).backward()
             last, measures["anchor"], measures["held"] = made.detach(), number(anchor), number(wrong)

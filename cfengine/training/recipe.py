@@ -24,7 +24,7 @@ from cfengine.model.weights import load_dit
 from cfengine.training.clips import Clips
 from cfengine.training.codec import refine_decoder, train_codec
 from cfengine.training.curves import Log
-from cfengine.training.data import Source, build_strips, drawn_in
+from cfengine.training.data import Source, Strips, build_strips, drawn_in
 from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
 from cfengine.training.lookup import train_lookup
@@ -113,24 +113,47 @@ def begin(run: Run, parts: tuple[str, ...]) -> None:
         raise OutputError(f"training folder {run.out} cannot be used ({problem}); choose another --out") from problem
 
 
-def source_of(run: Run, teacher: Path) -> Source:
-    """Batches as settings say; `teacher`: the folder with the strips, or with the codec, of which they are made."""
-    data, strips = run.settings.data, teacher / "strips.safetensors"
+def agree(run: Run, teacher: Path) -> None:
+    """ConfigError where a teacher's folder says that its model is another, or that it reads another noise."""
+    path, own = teacher / "settings.json", run.settings
+    known = json.loads(path.read_text()) if path.exists() else {}
+    asked = {"preset": own.preset, "model": own.model, "data": {"coupled": own.data.coupled}}
+    for name, before, now in changed(known, json.loads(json.dumps(asked))):
+        raise ConfigError(f"the teacher in {teacher} was made with {name} {before}, and a student is asked for {now}")
+
+
+def source_of(run: Run, teacher: Path, alike: bool = False) -> Source:
+    """Batches as settings say; `teacher`: the folder with the strips, or with the codec, of which they are made.
+
+    alike: with the scenes whose landmarks are alike, where settings have such
+    """
+    data = run.settings.data
     if data.source == "clips":
         return Clips(data.folder, run.config)
-    codec = None
-    if not strips.exists() or drawn_in(strips) != data.scenes:
-        path = teacher / "refined.safetensors"
-        own = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        codec, strips = TinyWorldCodec.from_file(path), run.out / f"strips-{own}.safetensors"
-    drawn = build_strips(codec, data.scenes, run.seed + 2, strips)
+    drawn = _strips(run, teacher)
+    if alike and data.alike:
+        drawn = drawn.joined(_strips(run, teacher, alike=True))
     return drawn if data.coupled else drawn._replace(landmarks=None)
+
+
+def _strips(run: Run, teacher: Path, alike: bool = False) -> Strips:
+    """Those of a teacher's folder, or drawn with its codec."""
+    data, name = run.settings.data, "alike" if alike else "strips"
+    scenes, path, codec = data.alike if alike else data.scenes, teacher / f"{name}.safetensors", None
+    if not path.exists() or drawn_in(path) != scenes:
+        refined = teacher / "refined.safetensors"
+        own = hashlib.sha256(refined.read_bytes()).hexdigest()[:8]
+        codec, path = TinyWorldCodec.from_file(refined), run.out / f"{name}-{own}.safetensors"
+    return build_strips(codec, scenes, run.seed + (7 if alike else 2), path, 2 if alike else 0)
 
 
 def _world_files(run: Run, log: Log) -> None:
     """Codec, its refined decoder, and strips of latents: one process makes them."""
     codec = train_codec(run.out / "codec.safetensors", run.seed, run.settings.codec.steps, log)
-    build_strips(codec, run.settings.data.scenes, run.seed + 2, run.out / "strips.safetensors")
+    data = run.settings.data
+    build_strips(codec, data.scenes, run.seed + 2, run.out / "strips.safetensors")
+    if data.alike:
+        build_strips(codec, data.alike, run.seed + 7, run.out / "alike.safetensors", 2)
     refine_decoder(codec, run.out / "refined.safetensors", run.seed + 5, run.settings.codec.decoder_steps, log)
 
 
@@ -160,25 +183,23 @@ def _lookup(run: Run, state: Path) -> None:
     teacher = averaged(run.out / "dit.state", run.config)[0].to(own_device(run.device))
     with run.log as log:
         steps = run.settings.lookup.steps
-        train_lookup(state, teacher, run.config, source_of(run, run.out), run.seed + 4, steps, log)
+        train_lookup(state, teacher, run.config, source_of(run, run.out, alike=True), run.seed + 4, steps, log)
 
 
 def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
     """The distillation of one student, in one process."""
     settings, device = run.settings.student, own_device(run.device)
     begun = averaged(teacher_state(teacher, run.settings), run.config)[0].to(device)
-    before = None
-    if run.settings.lookup.steps:
-        before = averaged(teacher / "dit.state", run.config)[0].to(device)
     with run.log as log:
-        train_distil(state, begun, before, run.config, source_of(run, teacher), run.seed + own, settings, log)
+        source = source_of(run, teacher, alike=True)
+        train_distil(state, begun, run.config, source, run.seed + own, settings, log)
 
 
 def _polishing(run: Run, state: Path, teacher: Path) -> None:
     """The polish, in one process."""
     with run.log as log:
         begun = distilled(run).to(own_device(run.device))
-        settings, source = run.settings, source_of(run, teacher)
+        settings, source = run.settings, source_of(run, teacher, alike=True)
         train_polish(state, begun, run.config, source, run.seed + 6, settings.polish, settings.student, log)
 
 
@@ -225,10 +246,11 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
     missing = teacher_state(teacher, run.settings)
     if not missing.exists():
         raise ConfigError(f"the teacher {missing} does not exist; train it first, or name its folder (--teacher)")
+    agree(run, teacher)
     for chunks in (*settings.short, *settings.long):
         settings.check_batch("student", settings.sessions(chunks), run.processes)
     if rank() == 0:
-        source_of(run, teacher)  # strips that must be drawn first are drawn once
+        source_of(run, teacher, alike=True)  # strips that must be drawn first are drawn once
     wait()
     for own in settings.seeds:
         _stage(run, run.out / f"student{own}.state", settings.steps, _distillation, teacher, own)
@@ -242,7 +264,7 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
 
 
 def write_teacher(folder: Path, target: Path) -> None:
-    """Write what `train_student` takes of a teacher's folder: averaged weights in float16, and the codec.
+    """Write what `train_student` takes of a teacher's folder: averaged weights in float16, the codec, its settings.
 
     Raises ConfigError where no stage of it is there, or where `target` has one.
     """
@@ -256,9 +278,9 @@ def write_teacher(folder: Path, target: Path) -> None:
         kept = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
         average = {name: part.half() for name, part in kept["average"].items()}
         torch.save({"step": kept["step"], "average": average}, target / state.name)
-    codec = folder / "refined.safetensors"
-    if codec.exists():
-        (target / codec.name).write_bytes(codec.read_bytes())
+    for path in (folder / "refined.safetensors", folder / "settings.json"):
+        if path.exists():
+            (target / path.name).write_bytes(path.read_bytes())
 
 
 def mean_of(worlds: list[World], shares: list[float] | None = None) -> World:

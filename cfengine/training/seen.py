@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,18 +13,30 @@ from cfengine.training.forward import Context, Pages
 LAYER = 3  # whose pages are asked; each layer chooses its own, nearly the same
 
 
-def seen_columns(yaws: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the world that chunks show, and 1 where one returns: it was seen, but not in the chunk before.
+class Columns(NamedTuple):
+    """What chunks show, (B, C, c, VIEW) each.
 
-    yaws: (B, C, c) in columns      -> (B, C, c, VIEW) twice
+    column: of the world      entering: 1 where the chunk before, if there is one, did not show it
+    returning: 1 where one before that did
     """
+
+    column: Tensor
+    entering: Tensor
+    returning: Tensor
+
+
+def seen_columns(yaws: Tensor) -> Columns:
+    """Of views at yaws (B, C, c) in columns."""
     columns = (yaws[..., None] + torch.arange(VIEW, device=yaws.device)) % COLUMNS
     shown = torch.zeros(*yaws.shape[:2], COLUMNS, device=yaws.device).scatter_(-1, columns.flatten(2), 1.0)
     before = shown.roll(1, 1)
     before[:, 0] = 0
     ever = before.cumsum(1).clamp(max=1)
-    returning = (ever - before).gather(-1, columns.flatten(2)).view(columns.shape)
-    return columns, returning
+    entering, returning = (
+        part.gather(-1, columns.flatten(2)).view(columns.shape) for part in (1 - before, ever - before)
+    )
+    entering[:, 0] = 0
+    return Columns(columns, entering, returning)
 
 
 def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
@@ -42,14 +56,11 @@ def shown_columns(columns: Tensor, pages: Pages, first: int = 0) -> Tensor:
     return shown.gather(-1, own.flatten(2)).view(own.shape)
 
 
-def shown_in(context: Context, yaws: Tensor | None, first: int = 0) -> tuple[Tensor | None, Tensor | None]:
-    """What `context`, that of chunks from `first` on, shows of them already, and what of that returns: it was not in
-    the chunk before. Both (B, chunks, c, VIEW).
+def shown_in(context: Context, yaws: Tensor | None, first: int = 0) -> Tensor | None:
+    """(B, chunks, c, VIEW): 1 where `context`, that of chunks from `first` on, shows a column of them already.
 
     yaws: (B, C, c) of the whole sequence; None: nobody knows
     """
     if yaws is None:
-        return None, None
-    columns, returning = seen_columns(yaws)
-    shown = shown_columns(columns, context.layers[LAYER % len(context.layers)], first)
-    return shown, shown * returning[:, first : first + shown.shape[1]]
+        return None
+    return shown_columns(seen_columns(yaws).column, context.layers[LAYER % len(context.layers)], first)

@@ -72,7 +72,7 @@ def test_teacher_and_student_step_on_clips(tmp_path) -> None:
         own = distil.roll_out(world, CONFIG, select("cpu"), batch, 1, [3, 4])
     assert torch.equal(own[:, 0], batch.latents[:, 0]) and not torch.equal(own[0, 1], own[1, 1])
     plan = Student(guidance=1.0, optimiser="adamw", betas=(0.0, 0.999), average_from=5)
-    work = distil.Distillation(world.requires_grad_(False), None, CONFIG, plan)
+    work = distil.Distillation(world.requires_grad_(False), CONFIG, plan)
     made = work.step(batch, own.clone(), 3, draw, anchored=False)
     assert set(made.measures) == {"gradient", "critic"} and all(map(np.isfinite, made.measures.values()))
     student = work.student

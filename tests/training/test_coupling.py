@@ -31,7 +31,7 @@ def batch(places: list[world.Scene], chunks: int, seed: int = 0) -> Batch:
 
 def everything_before(given: Batch) -> torch.Tensor:
     """(B, C, c, VIEW), 1 where any chunk before showed a column: a memory that forgets nothing."""
-    columns, _ = seen_columns(given.yaws)
+    columns = seen_columns(given.yaws).column
     shown = torch.zeros(columns.shape)
     for chunk in range(1, columns.shape[1]):
         known = torch.zeros(len(columns), COLUMNS).scatter_(-1, columns[:, :chunk].flatten(1), 1.0)

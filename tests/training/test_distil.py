@@ -81,33 +81,16 @@ def test_where_a_sample_is_told_to_go(contexts, critic: float, blind: float, sig
         assert gradient.abs().max() <= (2**-6 if critic else 0)
 
 
-def test_the_teacher_judges_what_returns_and_its_earlier_self_the_rest(contexts) -> None:
-    given, see = contexts
-    teacher = world(0)
-    judges = distil.Judges(teacher, lowered(teacher, 1), None, lowered(teacher, -1))
-    seen = distil.Judges(see(teacher), see(teacher), None, see(teacher))
-    returned = torch.zeros(*given.latents.shape[:3], given.latents.shape[-1])
-    returned[0, 1:, :, 4:] = 1
-    draw = np.random.default_rng(0)
-    gradient = distil.matching_gradient(judges, seen, given.latents[None], draw, returned=returned)
-    side = torch.where(returned > 0, -1.0, 1.0)[:, :, :, None, None]  # up to the teacher, down to its earlier self
-    assert (gradient * side).min() > 0
-
-
-def test_what_returns_is_shown_and_was_not_in_the_chunk_before() -> None:
+def test_what_a_context_shows() -> None:
     """A view of columns 0 to 16, then 20 to 33, then 4 to 17: of the last, 17 is new, and was in neither."""
     given = batch()
     yaws = torch.tensor([[[0, 2, 5], [20, 21, 22], [4, 5, 6]]] * 2)
     own = distil.context_of(world(0), CONFIG, given.latents, given.prompts)
-    shown, returned = shown_in(own, yaws, 0)
-    assert shown[0].sum((1, 2)).tolist() == [0, 0, 35] and torch.equal(shown[:, 2], returned[:, 2])
+    shown = shown_in(own, yaws, 0)
+    assert shown[0].sum((1, 2)).tolist() == [0, 0, 35]
     assert shown[0, 2].min(-1).values.tolist() == [1, 1, 0]  # column 17 stands at the edge of the last frame
-    held = torch.tensor([[[0, 0, 0], [1, 1, 1], [2, 2, 2]]] * 2)  # nearly all was in the chunk before
-    shown, returned = shown_in(own, held, 0)
-    assert shown[0, 1].sum() == 33 and returned.sum() == 0
-    shown, returned = shown_in(window(own, 2, 1), yaws, 2)
-    assert returned[0].sum() == 35 and returned.shape == (2, 1, 3, 12)
-    assert shown_in(own, None, 0) == (None, None)
+    assert torch.equal(shown_in(window(own, 2, 1), yaws, 2), shown[:, 2:])
+    assert shown_in(own, None, 0) is None
 
 
 def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypatch) -> None:
@@ -131,16 +114,15 @@ def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypat
 
 
 def test_a_step_changes_student_and_critic_and_not_the_teacher() -> None:
-    teacher, earlier = world(0).requires_grad_(False), world(2).requires_grad_(False)
-    before, rough = copy.deepcopy(teacher.state_dict()), copy.deepcopy(earlier.state_dict())
-    work = distil.Distillation(teacher, earlier, CONFIG, Student(peak=1e-3, warm=1))
+    teacher = world(0).requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    work = distil.Distillation(teacher, CONFIG, Student(peak=1e-3, warm=1))
     given, draw = batch(), np.random.default_rng(0)
     made = work.step(given, given.latents, 3, draw, anchored=True)
     assert set(made.measures) == {"gradient", "critic", "anchor"} and all(map(np.isfinite, made.measures.values()))
     assert made.sample.shape == made.redrawn.shape == given.latents.shape
     assert not made.sample.requires_grad and not made.redrawn.requires_grad
     assert all(torch.equal(before[name], now) for name, now in teacher.state_dict().items())
-    assert all(torch.equal(rough[name], now) for name, now in earlier.state_dict().items())
     name = "dit.blocks.0.ffn.0.weight"
     student, critic = work.student.world.state_dict()[name], work.critic.world.state_dict()[name]
     assert not torch.equal(student, before[name]) and not torch.equal(critic, before[name])
@@ -151,13 +133,13 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
     """Chunks at one place show what the one before showed; at places apart nothing but the last pass is held."""
     config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=32))
     teacher = world(0).requires_grad_(False)
-    work = distil.Distillation(teacher, None, config, Student())
+    work = distil.Distillation(teacher, config, Student())
     shape, prompts = (1, 3, 3, 16, 4, 12), torch.randint(12, (1, 3, 4))
     for move, known in ((0, True), (20, False)):
         yaws = (move * torch.arange(3)).view(1, 3, 1).expand(1, 3, 3)
         given = Batch(torch.randn(shape), prompts, yaws)
         own, *_ = work.contexts(given.latents, prompts)
-        shown, _ = shown_in(own, yaws, 0)
+        shown = shown_in(own, yaws, 0)
         assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
         assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
         last, held = distil.redrawn(work.student.world, work.levels, own, given, shown, np.random.default_rng(0))
@@ -170,7 +152,7 @@ def test_what_coupled_noise_says_is_held_to_the_truth() -> None:
     marks = torch.tensor([[[4, 0, 0]] + [[-1, -1, -1]] * 7]).expand(2, -1, -1)
     given = Batch(torch.randn(shape), torch.randint(12, (2, 1, 4)), torch.zeros(2, 1, 3, dtype=torch.long), marks)
     config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=64))
-    work = distil.Distillation(world(0).requires_grad_(False), None, config, Student())
+    work = distil.Distillation(world(0).requires_grad_(False), config, Student())
     own, *_ = work.contexts(given.latents, given.prompts)
     for pick, said in ((0, True), (1, True), (2, False)):
         draw = np.random.default_rng(0)
@@ -180,6 +162,29 @@ def test_what_coupled_noise_says_is_held_to_the_truth() -> None:
             work.student.world, levels, own, given._replace(landmarks=None), torch.zeros(2, 1, 3, 12), draw
         )
         assert (held > 0) == said and known == 0
+
+
+def test_passes_that_read_noise_keep_to_the_teacher() -> None:
+    """They learn from nothing but its answer; the critic learns of the passes that judges are asked about."""
+    shape, still = (2, 1, 3, 16, 8, 12), torch.zeros(2, 1, 3, dtype=torch.long)
+    marks = torch.full((2, 8, 3), -1)
+    given = Batch(torch.randn(shape), torch.randint(12, (2, 1, 4)), still, marks)
+    config = dataclasses.replace(CONFIG, video=VideoConfig(width=96, height=64))
+    teacher = world(0).requires_grad_(False)
+    for place, reads in enumerate((True, True, False, False)):
+        work = distil.Distillation(teacher, config, Student(peak=1e-3, warm=1))
+        work.student.world.load_state_dict(lowered(teacher, 1).state_dict())
+        bias = work.student.world.dit.head.head.bias
+        before = bias.detach().clone()
+        made = work.step(given, given.latents, place, np.random.default_rng(0), anchored=False)
+        assert set(made.measures) == ({"drift"} if reads else {"gradient", "critic"})
+        assert work.critic.step == (0 if reads else Student().critic_steps)
+        if reads:  # a flow that is lower by 1 is off by the noise level
+            assert made.measures["drift"] == pytest.approx(work.levels[place].item() ** 2, rel=0.02)  # bfloat16
+            assert (bias > before).all(), "up again"
+    free = distil.Distillation(teacher, config, Student())
+    made = free.step(given._replace(landmarks=None), given.latents, 0, np.random.default_rng(0), anchored=False)
+    assert set(made.measures) == {"gradient", "critic"}, "noise that says nothing leaves a choice"
 
 
 def test_judges_are_asked_where_noise_knows_nothing() -> None:
@@ -200,7 +205,7 @@ def test_a_window_sees_what_all_of_a_rollout_shows_it() -> None:
     )
     # bfloat16 products of other shapes: values up to 4, of which the last bit is 2^-6
     torch.testing.assert_close(cut, flow[:, :, 2:4], atol=2**-4, rtol=0)
-    work = distil.Distillation(teacher, None, CONFIG, Student(window=2))
+    work = distil.Distillation(teacher, CONFIG, Student(window=2))
     places = [work.judged(5, draw) for _ in range(100)]
     assert {count for _, count in places} == {2} and {first for first, _ in places} == {0, 1, 2, 3}
     assert work.judged(1, draw) == (0, 1)
@@ -212,8 +217,8 @@ def test_judges_can_have_a_memory_of_their_own() -> None:
     """A teacher that sees the chunk before alone: in its context no later chunk sees the first."""
     teacher, given = world(0).requires_grad_(False), batch(5)
     short = {"policy": "fifo", "sink": 0, "slow": 0, "fast": 6}
-    work = distil.Distillation(teacher, None, CONFIG, Student(judges=short, guidance=1.0))
-    own, (critic, judge, blind, _) = work.contexts(given.latents, given.prompts)
+    work = distil.Distillation(teacher, CONFIG, Student(judges=short, guidance=1.0))
+    own, (critic, judge, blind) = work.contexts(given.latents, given.prompts)
     assert own.layers[0].ids.shape[-1] > 3
     for context in (critic, judge, blind):
         assert context.layers[0].ids[0].tolist()[1:] == [[3 * c, 3 * c + 1, 3 * c + 2] for c in range(4)]
@@ -246,9 +251,9 @@ def test_a_teacher_is_guided_by_itself_without_a_prompt() -> None:
     teacher = world(0).requires_grad_(False)
     given = batch()
     given = given._replace(prompts=torch.randn(2, 3, 4, CONFIG.model.text_dim))
-    blind = distil.Distillation(teacher, None, CONFIG, Student(guidance=1.0))
-    own, (critic, real, none, _) = blind.contexts(given.latents, given.prompts)
+    blind = distil.Distillation(teacher, CONFIG, Student(guidance=1.0))
+    own, (critic, real, none) = blind.contexts(given.latents, given.prompts)
     assert torch.equal(real.prompt, critic.prompt) and torch.equal(real.prompt, own.prompt)
     empty = distil.context_of(teacher, CONFIG, given.latents, torch.zeros_like(given.prompts))
     assert torch.equal(none.prompt, empty.prompt) and not torch.equal(none.prompt, real.prompt)
-    assert blind.judges.blind is teacher and distil.Distillation(teacher, None, CONFIG, Student()).judges.blind is None
+    assert blind.judges.blind is teacher and distil.Distillation(teacher, CONFIG, Student()).judges.blind is None
