@@ -83,11 +83,18 @@ def follow(seen: list[measure.Seen], after: list[measure.Seen], shift: float) ->
     return right, views
 
 
-def alike(view: list[measure.Seen]) -> tuple[int, int]:
-    """(alike, pairs): neighbours in a view that are whole, and those of one shape and colour; of scenes one in 20."""
-    marks = sorted(mark for mark in view if mark.fit >= FIT)
-    pairs = list(zip(marks, marks[1:], strict=False))
-    return sum((a.shape, a.colour) == (b.shape, b.colour) for a, b in pairs), len(pairs)
+def alike(views: list[list[measure.Seen]], yaws: np.ndarray) -> tuple[int, int]:
+    """(alike, pairs): neighbours that were whole in one view, each place of two latent columns counted once, and those
+    of one shape and colour.
+
+    yaws: of the views, in pixels
+    """
+    places = {}
+    for view, yaw in zip(views, yaws, strict=True):
+        marks = sorted(mark for mark in view if mark.fit >= FIT)
+        for a, b in zip(marks, marks[1:], strict=False):
+            places[round((yaw + a.centre) / (2 * world.COLUMN))] = (a.shape, a.colour) == (b.shape, b.colour)
+    return sum(places.values()), len(places)
 
 
 def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list], effort: int = 0) -> None:
@@ -115,7 +122,7 @@ def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]
     totals["seen"] += [len(view) for view in views]
     totals["shapes"] += [mark.shape for view in views for mark in view]
     totals["colours"] += [mark.colour for view in views for mark in view]
-    totals["neighbours"] += [alike(view) for view in views]
+    totals["neighbours"].append(alike(views, world.camera_yaws(rates)[ends]))
     codec = engine.codec
     truth = world.render(world.random_scene(draw, look), world.camera_yaws(rates, world.random_yaw(draw)))
     again = codec.decoder().decode(codec.encoder().encode(truth))

@@ -62,9 +62,15 @@ def test_a_frozen_video_would_fail() -> None:
 
 def test_how_many_kinds_there_are() -> None:
     marks = [measure.Seen(x, "ball", colour, fit) for x, colour, fit in ((80.0, "red", 0.9), (16.0, "red", 0.9))]
-    assert bench.alike(marks) == (1, 1) and bench.alike(marks[:1]) == bench.alike([]) == (0, 0)
+    here = np.zeros(1)
+    assert bench.alike([marks], here) == (1, 1) and bench.alike([marks[:1]], here) == bench.alike([[]], here) == (0, 0)
+    moved = [mark._replace(centre=mark.centre - 8) for mark in marks]
+    assert bench.alike([marks, moved], np.asarray([0, 8])) == (1, 1), "the same two, seen again"
+    assert bench.alike([marks, marks], np.asarray([0, 160])) == (2, 2), "two more of them, elsewhere"
     between = measure.Seen(48.0, "ball", "blue", 0.9)
-    assert bench.alike([*marks, between]) == (0, 2) and bench.alike([*marks, between._replace(fit=0.5)]) == (1, 1)
+    assert bench.alike([[*marks, between]], here) == (0, 2) and bench.alike(
+        [[*marks, between._replace(fit=0.5)]], here
+    ) == (1, 1)
     assert bench.effective([]) == 0 and bench.effective(["ball"] * 5) == 1
     assert bench.effective(["ball", "cone", "arch", "tower"] * 3) == pytest.approx(4)
     assert 1 < bench.effective(["ball"] * 9 + ["cone"]) < 1.5
