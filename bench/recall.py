@@ -37,14 +37,13 @@ QUICK, TIMES = (3.0, 8.0, 20.0), (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 32.0, 45.0, 60
 NEAR = 20.0  # pixels: half of the least distance between two landmarks
 TURN_AWAY = 11.0  # seconds, about, for which a full turn shows nothing of a landmark
 PLACE = 3.0  # pixels within which a landmark stands where it stood
-FIT = 0.8  # as in cfengine.bench.world
 BATCH = 25  # sessions in lock-step
 
 
 def judge(trial: trials.Trial, frame: np.ndarray, nominal: float, away: float) -> View:
     """Compare what stands at the target's place in a frame with the target."""
     found = measure.landmarks_in(frame, trial.scene.look)
-    seen = [mark for mark in found if abs(mark.centre - trial.centre) < NEAR and mark.fit >= FIT]
+    seen = [mark for mark in found if abs(mark.centre - trial.centre) < NEAR and mark.whole]
     if not seen:
         return View(nominal, away, False, False, False, False)
     found = min(seen, key=lambda s: abs(s.centre - trial.centre))

@@ -45,7 +45,6 @@ OTHERS = {
     "neighbours_alike": "share",  # of scenes one in 20
 }
 PALETTE_LIMIT = 12.0  # mean levels that sky or ground may be off; neighbouring looks differ by 40 and more
-FIT = 0.8  # intersection over union with the template; the codec's own reconstructions reach 0.86 to 0.99
 PRIMED_CHUNKS, PRIMED_MORE = 4, 8
 
 
@@ -77,7 +76,7 @@ def follow(seen: list[measure.Seen], after: list[measure.Seen], shift: float) ->
         right += any(
             abs(other.centre - expected) < 3
             and (other.shape, other.colour) == (landmark.shape, landmark.colour)
-            and other.fit >= FIT
+            and other.whole
             for other in after
         )
     return right, views
@@ -91,7 +90,7 @@ def alike(views: list[list[measure.Seen]], yaws: np.ndarray) -> tuple[int, int]:
     """
     places = {}
     for view, yaw in zip(views, yaws, strict=True):
-        marks = sorted(mark for mark in view if mark.fit >= FIT)
+        marks = sorted(mark for mark in view if mark.whole)
         for a, b in zip(marks, marks[1:], strict=False):
             places[round((yaw + a.centre) / (2 * world.COLUMN))] = (a.shape, a.colour) == (b.shape, b.colour)
     return sum(places.values()), len(places)

@@ -36,10 +36,6 @@ class Strips(NamedTuple):
     words: torch.Tensor
     landmarks: torch.Tensor | None = None
 
-    def joined(self, other: Strips) -> Strips:
-        """The scenes of both."""
-        return Strips(*(torch.cat(parts) for parts in zip(self, other, strict=True)))
-
     def draw(
         self, size: int, chunks: int, draw: np.random.Generator, *, shuttles: float = 0.0, jumps: float = 0.0
     ) -> Batch:
@@ -97,13 +93,8 @@ def landmarks_of(scene: world.Scene) -> torch.Tensor:
     return marks
 
 
-def build_strips(
-    codec: TinyWorldCodec | None, scenes: int, seed: int, path: Path | None = None, kinds: int = 0
-) -> Strips:
-    """Draw and encode `scenes` places in two looks each; kept at `path`, where no codec is needed the next time.
-
-    kinds: see `world.random_scene`
-    """
+def build_strips(codec: TinyWorldCodec | None, scenes: int, seed: int, path: Path | None = None) -> Strips:
+    """Draw and encode `scenes` places in two looks each; kept at `path`, where no codec is needed the next time."""
     if path is not None and path.exists() and drawn_in(path) == scenes:
         return Strips(**load_file(path))
     rng = np.random.default_rng(seed)
@@ -111,7 +102,7 @@ def build_strips(
     words = torch.empty(scenes, LOOKS, 3, dtype=torch.long)
     landmarks = []
     for i in range(scenes):
-        scene = world.random_scene(rng, kinds=kinds)
+        scene = world.random_scene(rng)
         landmarks.append(landmarks_of(scene))
         for j in range(LOOKS):
             look = scene.look if j == 0 else world.random_look(rng)

@@ -6,9 +6,7 @@ did not learn to find them in 3,000 steps. So the renderer's geometry says which
 and some heads are held to them: the loss of a head is -log(its attention on those page tokens). Most sessions walk back
 and forth (`shuttle`), so that much of what enters the view was seen. Not all of them: a teacher that never meets what
 is new looks everything up, and draws a new landmark like one that it knows. Attention that adds up to one always finds
-something, so where no page shows a place, the same heads are held to look at no page, but at their own chunk. And some
-scenes have landmarks of one or two kinds only (`data.alike`): where a landmark looks like one that was seen, that does
-not yet make it the same place. Without them a camera that turns around and finds two alike went on as after the first.
+something, so where no page shows a place, the same heads are held to look at no page, but at their own chunk.
 
 All else is flow matching as before, with the columns that enter counting more. A part of the batches are first chunks.
 Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as

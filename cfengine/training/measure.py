@@ -9,6 +9,7 @@ import numpy as np
 from cfengine.training import world
 
 SKY_ROWS, GROUND_ROWS = slice(0, 12), slice(51, world.HEIGHT)  # no landmark and no hill ever reaches them
+FIT = 0.8  # of a landmark that counts as whole; the codec's own reconstructions reach 0.86 to 0.99
 _STAND = slice(12, 50)  # rows that hold landmarks
 _CONTRAST = 4.0  # rounding and codec noise make about 1; hills alone make 5 to 100 where they can be seen at all
 _TOLERANCE = 60.0  # distance in RGB within which a pixel belongs to a landmark colour; colours are 150 and more apart
@@ -24,6 +25,10 @@ class Seen(NamedTuple):
     shape: str
     colour: str
     fit: float
+
+    @property
+    def whole(self) -> bool:
+        return self.fit >= FIT
 
 
 def image_shift(before: np.ndarray, after: np.ndarray, reach: int = 30) -> float:

@@ -21,8 +21,6 @@ from cfengine.training.diffusion import levels_of
 from cfengine.training.distil import context_of, walk
 from cfengine.training.state import World
 
-FIT = 0.8  # intersection over union with the template, as in cfengine.bench.world
-
 
 class Drawn(NamedTuple):
     """landmarks: found a view      whole: share of them that fit their shape      shapes: share of each in those."""
@@ -45,6 +43,6 @@ def probe(of: World, config: EngineConfig, strips: Strips, codec: TinyWorldCodec
         light, land, weather = (CONCEPTS[word] for word in words)
         frame = codec.decoder().decode(chunk)[-1]
         found += measure.landmarks_in(frame, world.Look(light=light, land=land, weather=weather))
-    whole = Counter(mark.shape for mark in found if mark.fit >= FIT)
+    whole = Counter(mark.shape for mark in found if mark.whole)
     shares = {shape: whole[shape] / max(1, whole.total()) for shape in world.SHAPES}
     return Drawn(len(found) / scenes, whole.total() / max(1, len(found)), shares)

@@ -24,7 +24,7 @@ from cfengine.model.weights import load_dit
 from cfengine.training.clips import Clips
 from cfengine.training.codec import refine_decoder, train_codec
 from cfengine.training.curves import Log
-from cfengine.training.data import Source, Strips, build_strips, drawn_in
+from cfengine.training.data import Source, build_strips, drawn_in
 from cfengine.training.diffusion import train_diffusion
 from cfengine.training.distil import train_distil
 from cfengine.training.lookup import train_lookup
@@ -122,38 +122,24 @@ def agree(run: Run, teacher: Path) -> None:
         raise ConfigError(f"the teacher in {teacher} was made with {name} {before}, and a student is asked for {now}")
 
 
-def source_of(run: Run, teacher: Path, alike: bool = False) -> Source:
-    """Batches as settings say; `teacher`: the folder with the strips, or with the codec, of which they are made.
-
-    alike: with the scenes whose landmarks are alike, where settings have such
-    """
-    data = run.settings.data
+def source_of(run: Run, teacher: Path) -> Source:
+    """Batches as settings say; `teacher`: the folder with the strips, or with the codec, of which they are made."""
+    data, strips = run.settings.data, teacher / "strips.safetensors"
     if data.source == "clips":
         return Clips(data.folder, run.config)
-    drawn = _strips(run, teacher)
-    if alike and data.alike:
-        drawn = drawn.joined(_strips(run, teacher, alike=True))
+    codec = None
+    if not strips.exists() or drawn_in(strips) != data.scenes:
+        path = teacher / "refined.safetensors"
+        own = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        codec, strips = TinyWorldCodec.from_file(path), run.out / f"strips-{own}.safetensors"
+    drawn = build_strips(codec, data.scenes, run.seed + 2, strips)
     return drawn if data.coupled else drawn._replace(landmarks=None)
-
-
-def _strips(run: Run, teacher: Path, alike: bool = False) -> Strips:
-    """Those of a teacher's folder, or drawn with its codec."""
-    data, name = run.settings.data, "alike" if alike else "strips"
-    scenes, path, codec = data.alike if alike else data.scenes, teacher / f"{name}.safetensors", None
-    if not path.exists() or drawn_in(path) != scenes:
-        refined = teacher / "refined.safetensors"
-        own = hashlib.sha256(refined.read_bytes()).hexdigest()[:8]
-        codec, path = TinyWorldCodec.from_file(refined), run.out / f"{name}-{own}.safetensors"
-    return build_strips(codec, scenes, run.seed + (7 if alike else 2), path, 2 if alike else 0)
 
 
 def _world_files(run: Run, log: Log) -> None:
     """Codec, its refined decoder, and strips of latents: one process makes them."""
     codec = train_codec(run.out / "codec.safetensors", run.seed, run.settings.codec.steps, log)
-    data = run.settings.data
-    build_strips(codec, data.scenes, run.seed + 2, run.out / "strips.safetensors")
-    if data.alike:
-        build_strips(codec, data.alike, run.seed + 7, run.out / "alike.safetensors", 2)
+    build_strips(codec, run.settings.data.scenes, run.seed + 2, run.out / "strips.safetensors")
     refine_decoder(codec, run.out / "refined.safetensors", run.seed + 5, run.settings.codec.decoder_steps, log)
 
 
@@ -183,7 +169,7 @@ def _lookup(run: Run, state: Path) -> None:
     teacher = averaged(run.out / "dit.state", run.config)[0].to(own_device(run.device))
     with run.log as log:
         steps = run.settings.lookup.steps
-        train_lookup(state, teacher, run.config, source_of(run, run.out, alike=True), run.seed + 4, steps, log)
+        train_lookup(state, teacher, run.config, source_of(run, run.out), run.seed + 4, steps, log)
 
 
 def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
@@ -191,15 +177,14 @@ def _distillation(run: Run, state: Path, teacher: Path, own: int) -> None:
     settings, device = run.settings.student, own_device(run.device)
     begun = averaged(teacher_state(teacher, run.settings), run.config)[0].to(device)
     with run.log as log:
-        source = source_of(run, teacher, alike=True)
-        train_distil(state, begun, run.config, source, run.seed + own, settings, log)
+        train_distil(state, begun, run.config, source_of(run, teacher), run.seed + own, settings, log)
 
 
 def _polishing(run: Run, state: Path, teacher: Path) -> None:
     """The polish, in one process."""
     with run.log as log:
         begun = distilled(run).to(own_device(run.device))
-        settings, source = run.settings, source_of(run, teacher, alike=True)
+        settings, source = run.settings, source_of(run, teacher)
         train_polish(state, begun, run.config, source, run.seed + 6, settings.polish, settings.student, log)
 
 
@@ -250,7 +235,7 @@ def train_student(run: Run, teacher: Path | None = None) -> Path:
     for chunks in (*settings.short, *settings.long):
         settings.check_batch("student", settings.sessions(chunks), run.processes)
     if rank() == 0:
-        source_of(run, teacher, alike=True)  # strips that must be drawn first are drawn once
+        source_of(run, teacher)  # strips that must be drawn first are drawn once
     wait()
     for own in settings.seeds:
         _stage(run, run.out / f"student{own}.state", settings.steps, _distillation, teacher, own)

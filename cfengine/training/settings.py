@@ -27,7 +27,6 @@ class Data:
 
     source: str = "world"
     scenes: int = 3000  # of the world, each in two looks
-    alike: int = 0  # more scenes, of at most two kinds of landmarks, for what follows flow matching; of the world
     coupled: bool = False  # noise says what is new (see `cfengine.training.coupling`); of the world
     folder: str = ""  # of clips
 

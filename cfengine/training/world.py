@@ -84,20 +84,16 @@ def random_look(rng: np.random.Generator) -> Look:
     return Look(str(rng.choice(LIGHTS)), str(rng.choice(LANDS)), str(rng.choice(WEATHERS)))
 
 
-def random_scene(rng: np.random.Generator, look: Look | None = None, kinds: int = 0) -> Scene:
-    """Draw seven or eight landmarks on edges of latent columns, at least 40 pixels apart, and three waves of hills.
-
-    kinds: most kinds of landmarks in the scene, a kind being a shape and a colour; 0: any of the twenty
-    """
+def random_scene(rng: np.random.Generator, look: Look | None = None) -> Scene:
+    """Draw seven or eight landmarks on edges of latent columns, at least 40 pixels apart, and three waves of hills."""
     count = int(rng.integers(7, 9))
     spacing = TURN / COLUMN / count
     middles = (np.arange(count) + rng.random()) * spacing + (rng.random(count) - 0.5) * (spacing - GAP)
     centres = COLUMN * np.floor(middles)
-    drawn = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in centres]
-    if kinds:
-        drawn = [drawn[int(rng.integers(kinds))] for _ in centres]
-    bearings = [float(c % TURN) * DEGREES_PER_PIXEL for c in centres]
-    landmarks = tuple(Landmark(bearing, *kind) for bearing, kind in zip(bearings, drawn, strict=True))
+    landmarks = tuple(
+        Landmark(float(c % TURN) * DEGREES_PER_PIXEL, str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))
+        for c in centres
+    )
     hills = tuple(
         (int(rng.integers(low, high)), float(rng.uniform(0.8, 1.8)), float(rng.uniform(0, 2 * np.pi)))
         for low, high in ((3, 6), (6, 9), (9, 13))

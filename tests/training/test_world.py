@@ -51,18 +51,6 @@ def test_pans_move_by_whole_latent_columns() -> None:
     assert {world.random_yaw(np.random.default_rng(seed)) % SPACE for seed in range(20)} == {0}
 
 
-def test_scenes_of_few_kinds() -> None:
-    """Two kinds at most, each of the twenty in some scene; places and the scenes of all kinds stay what they are."""
-    seen = set()
-    for seed in range(100):
-        few, all_kinds = (world.random_scene(np.random.default_rng(seed), kinds=kinds) for kinds in (2, 0))
-        kinds = {(mark.shape, mark.colour) for mark in few.landmarks}
-        assert 1 <= len(kinds) <= 2
-        assert [mark.bearing for mark in few.landmarks] == [mark.bearing for mark in all_kinds.landmarks]
-        seen |= kinds
-    assert len(seen) == 20
-
-
 def test_landmarks_keep_their_distance() -> None:
     for seed in range(20):
         bearings = sorted(
