@@ -95,7 +95,7 @@ def export(options: argparse.Namespace, settings: Settings, say: PlainDisplay) -
 
 def say_what_it_draws(options: argparse.Namespace, settings: Settings, say: PlainDisplay) -> None:
     """See `cfengine.training.probe`."""
-    from cfengine.training.probe import probe
+    from cfengine.training.probe import probe, reading
 
     if not settings.worded:
         raise ConfigError("probe measures the small world")
@@ -107,6 +107,11 @@ def say_what_it_draws(options: argparse.Namespace, settings: Settings, say: Plai
     drawn = probe(world, settings.config, strips, codec, options.scenes, options.passes)
     shapes = ", ".join(f"{shape} {share:.2f}" for shape, share in drawn.shapes.items())
     say.done(f"step {step}: {drawn.landmarks:.2f} landmarks a view, whole {drawn.whole:.3f}; of these {shapes}")
+    if settings.data.coupled:
+        read = reading(world, settings.config, strips)
+        say.done(
+            f"landmarks that enter: error {read.said:.3f} where noise says them, {read.unsaid:.3f} where it does not"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,10 @@ and forth (`shuttle`), so that much of what enters the view was seen. Not all of
 is new looks everything up, and draws a new landmark like one that it knows. Attention that adds up to one always finds
 something, so where no page shows a place, the same heads are held to look at no page, but at their own chunk.
 
-All else is flow matching as before, with the columns that enter counting more. A part of the batches are first chunks.
+All else is flow matching as before, with the columns that enter counting more. Where noise says what is new (see
+`cfengine.training.coupling`), those that are new count most: they are few, and flow matching alone learned to read
+noise in first chunks only, where everything is new. What was not read was drawn like something seen. A part of the
+batches are first chunks still.
 Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as
 any, which some sessions show by a jump after their first chunk (`jumps`).
 """
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig
-from cfengine.training.coupling import couple
+from cfengine.training.coupling import COUPLED, couple
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import COPIES, draw_sigmas, made_of, sampler_sigmas, spread
 from cfengine.training.forward import Pages, flow_from, remember
@@ -37,15 +40,16 @@ from cfengine.training.settings import Descent
 from cfengine.training.state import Progress, World
 
 BLOCKS, HEADS = (2, 3, 4), 3  # where attention is taught: the first heads of these blocks
-HIGH = (1.0, 0.94, 0.88, 0.8)  # noise levels of one of the copies: what is new is decided there
+HIGH = (1.0, 0.94, 0.94, 0.85)  # noise levels of one of the copies: what is new is decided there
 WARM = 60  # steps until the learning rate is full
 STEADY = 0.65  # share of the steps at the full learning rate; it then falls to zero
 EARLY_LENGTHS = {(1, 16): 0.4, (16, 1): 0.6}  # chunks of a session, sessions in a batch of one process: share
 LATE_LENGTHS = {(1, 16): 0.4, (4, 4): 0.05, (8, 2): 0.1, (16, 1): 0.2, (28, 1): 0.25}  # from STEADY on
 JUMPS, FAR = (0.0, 0.6), 16  # share of sessions of FAR chunks and more that jump: while steady, then
-SHUTTLES = (0.7, 0.3)  # share of sessions that walk back and forth: while steady, then
+SHUTTLES = (0.5, 0.3)  # share of sessions that walk back and forth: while steady, then
 WEIGHTS = (1.0, 0.4)  # of the loss of attention: while steady, then
 MORE = (3.0, 2.0)  # how much more a column that enters counts in the flow's loss: while steady, then
+NEW = 15.0  # how much more one that is new, where noise says what it is
 USES = (1, 2)  # of a batch; from the second on, its context holds what the model made (error recycling)
 
 
@@ -109,11 +113,14 @@ def lookup_step(
     teaching = Teaching(Lookup(columns, returning, config.grid[0]))
     with mixed(device):
         seen = remember(world.dit, config.memory, context, world.text(batch.prompts))
-        noise = couple(noise, sigma, batch, shown_in(seen, batch.yaws))
+        shown = shown_in(seen, batch.yaws)
+        noise = couple(noise, sigma, batch, shown)
         noisy = (1 - spread(sigma)) * batch.latents + spread(sigma) * noise
         guess = flow_from(world.dit, seen, noisy, 1000 * sigma, teaching)
-    weight = 1 + MORE[late] * entering[:, :, :, None, None]
-    error = ((guess - (noise - batch.latents)).square() * weight).mean()
+    weight = 1 + MORE[late] * entering
+    if batch.landmarks is not None:
+        weight = weight + NEW * (sigma >= COUPLED)[..., None, None] * entering * (1 - shown)
+    error = ((guess - (noise - batch.latents)).square() * weight[..., None, None, :]).mean()
     return {"flow": error, "attention": teaching.loss}, made_of(batch.latents, context, noisy, guess, sigma)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
 from cfengine.training import lookup
-from cfengine.training.data import COLUMNS, VIEW, Strips, draw_batch, latent_yaws, shuttle
+from cfengine.training.data import COLUMNS, VIEW, Batch, Strips, draw_batch, latent_yaws, shuttle
 from cfengine.training.forward import Pages
 from cfengine.training.seen import seen_columns, shown_columns
 from cfengine.training.state import World
@@ -97,15 +97,22 @@ def test_what_enters_counts_more(monkeypatch) -> None:
     batch = given._replace(yaws=torch.arange(9).view(1, 3, 3))
     _, entering, _ = seen_columns(batch.yaws)
     assert entering.sum((-1, -2)).tolist() == [[0, 6, 6]]
-    found = []
-    for more in (0.0, 1.0):
+    said = batch._replace(landmarks=torch.full((1, 8, 3), -1))
+    monkeypatch.setattr(lookup, "draw_sigmas", lambda shape, levels, draw: torch.full(shape, 0.5))
+    monkeypatch.setattr(lookup, "HIGH", (1.0,))  # of one copy in two
+
+    def error(given: Batch, more: float, new: float) -> float:
         monkeypatch.setattr(lookup, "MORE", (more, more))
+        monkeypatch.setattr(lookup, "NEW", new)
         torch.manual_seed(0)
-        losses, _ = lookup.lookup_step(world, CONFIG, batch, batch.latents, np.random.default_rng(1), 0)
-        found.append(losses["flow"].item())
-    # latents and noise are normal, of 12 columns in 108 counted twice; a relative deviation of 0.02 is that of the mean
-    # of the squares of 12 columns x 8 rows x 16 channels x 2 noise levels
-    assert found[1] / found[0] == pytest.approx(1 + 12 / 108, rel=0.06)
+        losses, _ = lookup.lookup_step(world, CONFIG, given, batch.latents, np.random.default_rng(1), 0)
+        return losses["flow"].item()
+
+    # Latents and noise are normal. Their squares in 12 columns x 8 rows x 16 channels have a mean that is off by 0.04
+    # (a standard deviation), the share of those in the sum is a tenth, or a half.
+    assert error(batch, 1.0, 0.0) / error(batch, 0.0, 0.0) == pytest.approx(1 + 12 / 108, rel=0.02)
+    assert error(said, 0.0, 9.0) / error(said, 0.0, 0.0) == pytest.approx(1 + 9 * 12 / 216, rel=0.06)
+    assert error(batch, 0.0, 9.0) == error(batch, 0.0, 0.0), "who does not know what noise says has nothing to read"
 
 
 def test_a_camera_jumps_after_the_first_chunk() -> None:

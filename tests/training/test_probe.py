@@ -12,7 +12,7 @@ import cfengine
 from cfengine.codec.tiny_world import TinyWorldCodec
 from cfengine.config import preset
 from cfengine.training import probe
-from cfengine.training.data import build_strips
+from cfengine.training.data import VIEW, Batch, build_strips
 from cfengine.training.state import World
 
 pytestmark = pytest.mark.cpu
@@ -38,3 +38,35 @@ def test_the_truth_is_whole_and_noise_is_not(monkeypatch) -> None:
     with torch.no_grad():
         none = probe.probe(of, config, strips, codec, 24, 2)  # a new network predicts no flow: noise stays
     assert none.whole < 0.1
+
+
+def test_which_columns_are_of_landmarks_that_enter() -> None:
+    """A cone in columns 14 to 17, a tower in 56 and 57; a camera pans right by three columns, another left."""
+    marks = torch.tensor([[16, 1, 0], [57, 0, 2]] + [[-1, -1, -1]] * 6)
+    assert [probe.world.SHAPES[shape] for shape in (0, 1)] == ["tower", "cone"]
+    yaws = torch.tensor([[[0, 0, 0], [1, 2, 3]], [[0, 0, 0], [-1, -2, -3]]]) % 60
+    batch = Batch(
+        torch.zeros(2, 2, 3, 16, 8, VIEW), torch.zeros(2, 2, 4, dtype=torch.long), yaws, marks.expand(2, -1, -1)
+    )
+    new = probe.seen_columns(yaws).entering > 0
+    found = probe.entering_landmarks(batch, new)
+    assert not found[:, 0].any()
+    assert found[0, 1].nonzero().tolist() == [[2, 11]], "of columns 12 to 14 the last"
+    assert found[1, 1].nonzero().tolist() == [[2, 0]], "of columns 59 to 57 the last, as far as it has come"
+
+
+def test_what_is_read_in_noise(monkeypatch) -> None:
+    """One that knows the truth where noise says it; a new network, which sees no difference."""
+    config, codec = preset("tiny-world"), TinyWorldCodec.from_file(CODEC)
+    strips, of = build_strips(codec, 6, 0), World(preset("tiny-world").model).requires_grad_(False)
+    said, unsaid = probe.reading(of, config, strips, 8, 6)
+    assert said > 1 and said == pytest.approx(unsaid, rel=0.1)  # ten of a column's 128 numbers are others
+    truth, calls = strips.draw(8, 6, np.random.default_rng(8)).latents, []
+
+    def knowing(world, context, noisy, level):
+        calls.append(1)
+        return (noisy - (truth if len(calls) == 1 else 0)) / probe.spread(level)
+
+    monkeypatch.setattr(probe, "guess", knowing)
+    said, unsaid = probe.reading(of, config, strips, 8, 6)
+    assert said < 1e-9 and unsaid > 0.5

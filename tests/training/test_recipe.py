@@ -29,7 +29,7 @@ codec = {steps = 1, decoder_steps = 1}
 teacher = {steps = 2, lengths = [[2, 1, 1.0, 1.0]]}
 lookup = {steps = 1}
 student = {steps = 2, turns = 2, seeds = [1, 2], short = [2, 2], long = [2, 2, 2]}
-polish = {steps = 4, passes = [500], blend = 0.75}
+polish = {steps = 12, passes = [500], blend = 0.75}
 evaluation = {seeds = 1, seconds = 2.25, scenes = 1, times = [2.0]}
 """
 
