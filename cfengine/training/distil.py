@@ -37,14 +37,14 @@ from torch import Tensor
 from cfengine.config import EngineConfig
 from cfengine.ops import Ops, select
 from cfengine.scheduler.rollout import Rollout
-from cfengine.training.coupling import COUPLED, couple
+from cfengine.training.coupling import COUPLED, NEW, couple
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import draw_sigmas, sampler_sigmas, spread
 from cfengine.training.forward import Context, flow_from, remember, window
 from cfengine.training.parallel import draws, rank
 from cfengine.training.place import device_of, mixed, number
 from cfengine.training.recycle import corrupt
-from cfengine.training.seen import shown_in
+from cfengine.training.seen import seen_columns, shown_in
 from cfengine.training.settings import Student
 from cfengine.training.state import Progress, World
 
@@ -204,6 +204,7 @@ class Distillation:
             own = window(own, first, count)
             seen = Judges(*(None if context is None else window(context, first, count) for context in seen))
         part = batch.window(first, count)
+        shown = shown_in(own, batch.yaws, first)
         most = 1.0 if batch.landmarks is None else JUDGED
         truth = part.latents
         levels = self.levels.tolist()
@@ -212,14 +213,15 @@ class Distillation:
         read = levels[graded] > most  # so much noise says what is new
         if read:
             level = torch.full(x.shape[:3], levels[graded], device=x.device)
-            drift = (x0 - (x - spread(level) * guess(self.judges.teacher, seen.teacher, x, level))).square().mean()
+            goal = x - spread(level) * guess(self.judges.teacher, seen.teacher, x, level)
+            fresh = seen_columns(batch.yaws).entering[:, first : first + count] * (1 - shown)
+            drift = ((x0 - goal).square() * (1 + NEW * fresh)[..., None, None, :]).mean()
             (settings.anchor * drift).backward()
             measures = {"drift": number(drift)}
         else:
             gradient = matching_gradient(self.judges, seen, x0.detach(), draw, settings.guidance, most)
             (x0 * gradient).mean().backward()
             measures = {"gradient": number(gradient.abs().mean())}
-        shown = shown_in(own, batch.yaws, first)
         whole = None
         if anchored:
             last, held = redrawn(student, self.levels, own, part, shown, draw)

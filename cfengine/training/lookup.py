@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cfengine.config import EngineConfig
-from cfengine.training.coupling import COUPLED, couple
+from cfengine.training.coupling import COUPLED, NEW, couple
 from cfengine.training.data import Batch, Source
 from cfengine.training.diffusion import COPIES, draw_sigmas, made_of, sampler_sigmas, spread
 from cfengine.training.forward import Pages, flow_from, remember
@@ -49,7 +49,6 @@ JUMPS, FAR = (0.0, 0.6), 16  # share of sessions of FAR chunks and more that jum
 SHUTTLES = (0.5, 0.3)  # share of sessions that walk back and forth: while steady, then
 WEIGHTS = (1.0, 0.4)  # of the loss of attention: while steady, then
 MORE = (3.0, 2.0)  # how much more a column that enters counts in the flow's loss: while steady, then
-NEW = 15.0  # how much more one that is new, where noise says what it is
 USES = (1, 2)  # of a batch; from the second on, its context holds what the model made (error recycling)
 
 

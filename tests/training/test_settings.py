@@ -18,7 +18,7 @@ def test_shipped_configurations() -> None:
     assert built_in() == ["tiny-world", "wan2.1-t2v-1.3b"]
     small, wan = (read(name) for name in built_in())
     assert small.config == preset("tiny-world") and small.worded
-    assert (small.codec.steps, small.teacher.steps, small.lookup.steps, small.student.steps) == (1800, 2200, 1800, 450)
+    assert (small.codec.steps, small.teacher.steps, small.lookup.steps, small.student.steps) == (1800, 2200, 1800, 350)
     assert small.student.seeds == (41,) and small.teacher.lengths[0] == Length(1, 16, 1.0, 0.4)
     assert small.data.coupled and not wan.data.coupled
     assert wan.config.model == preset("wan2.1-t2v-1.3b").model and not wan.worded
