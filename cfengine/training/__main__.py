@@ -109,9 +109,8 @@ def say_what_it_draws(options: argparse.Namespace, settings: Settings, say: Plai
     say.done(f"step {step}: {drawn.landmarks:.2f} landmarks a view, whole {drawn.whole:.3f}; of these {shapes}")
     if settings.data.coupled:
         read = reading(world, settings.config, strips)
-        say.done(
-            f"landmarks that enter: error {read.said:.3f} where noise says them, {read.unsaid:.3f} where it does not"
-        )
+        errors = f"{read.said:.3f} in noise that says which, {read.unsaid:.3f} in other noise"
+        say.done(f"landmarks that enter: error {errors}")
 
 
 def main(arguments: list[str] | None = None) -> int:
