@@ -148,6 +148,24 @@ def shuttle(chunks: int, draw: np.random.Generator) -> np.ndarray:
     return np.asarray(rates[:chunks])
 
 
+def ratchet(chunks: int, draw: np.random.Generator) -> np.ndarray:
+    """Rates of a camera that goes on by 4 to 7 chunks, back by 1 to 3 of them, and on again: what is new comes right
+    after what returns.
+    """
+    rates: list[int] = []
+    rate = world.RATES["right"] * int(draw.choice((-1, 1)))
+    while len(rates) < chunks:
+        on = int(draw.integers(4, 8))
+        rates += [rate] * on + [world.RATES["hold"]] * int(draw.choice((0, 0, 1)))
+        rates += [-rate] * int(draw.integers(1, 4))
+    return np.asarray(rates[:chunks])
+
+
+def back_and_forth(chunks: int, draw: np.random.Generator) -> np.ndarray:
+    """A `shuttle` or a `ratchet`."""
+    return (shuttle, ratchet)[int(draw.integers(2))](chunks, draw)
+
+
 def view(strip: torch.Tensor, yaws: torch.Tensor) -> torch.Tensor:
     """Strips (n, COLUMNS, rows, channels) seen at yaws (n, f) in columns -> (n, f, channels, rows, VIEW) float32."""
     columns = (yaws[..., None] + torch.arange(VIEW)) % COLUMNS
@@ -178,12 +196,12 @@ def draw_batch(
 ) -> Batch:
     """Sessions of `chunks` chunks in random scenes; in one of eight the prompt changes the look on the way.
 
-    shuttles: share of sessions whose camera is a `shuttle`, not a `camera_script`
+    shuttles: share of sessions whose camera goes `back_and_forth`, others have a `camera_script`
     jumps: share of sessions whose camera looks somewhere else after the first chunk, so that the sink is as far from
     the rest as it is in a session that has gone on for long
     """
     scenes = torch.from_numpy(draw.integers(len(strips.latents), size=size))
-    scripts = [shuttle if shuttles and draw.random() < shuttles else camera_script for _ in range(size)]
+    scripts = [back_and_forth if shuttles and draw.random() < shuttles else camera_script for _ in range(size)]
     rates = np.stack([script(chunks, draw) for script in scripts])
     yaws = torch.from_numpy(latent_yaws(rates, 0) + draw.integers(COLUMNS, size=(size, 1)))
     if jumps:

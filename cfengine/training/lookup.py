@@ -3,10 +3,10 @@
 Copying what the chunk before shows, shifted as the prompt says, explains nearly everything in a video of this world;
 the few columns that come back after they were out of view are the only ones that need the memory, and diffusion alone
 did not learn to find them in 3,000 steps. So the renderer's geometry says which page tokens show the place of a token,
-and some heads are held to them: the loss of a head is -log(its attention on those page tokens). Most sessions walk back
-and forth (`shuttle`), so that much of what enters the view was seen. Not all of them: a teacher that never meets what
-is new looks everything up, and draws a new landmark like one that it knows. Attention that adds up to one always finds
-something, so where no page shows a place, the same heads are held to look at no page, but at their own chunk.
+and some heads are held to them: the loss of a head is -log(its attention on those page tokens). Many sessions go
+`back_and_forth`, so that much of what enters the view was seen. Not all of them, nor all the time: a teacher that
+hardly meets what is new, or never right after what returns, draws a new landmark like one that it knows. And attention,
+which adds up to one, always finds something: where no page shows a place, those heads are held to their own chunk.
 
 All else is flow matching as before, with the columns that enter counting more. Where noise says what is new (see
 `cfengine.training.coupling`), those that are new count most: they are few, and flow matching alone learned to read
@@ -46,7 +46,7 @@ STEADY = 0.65  # share of the steps at the full learning rate; it then falls to 
 EARLY_LENGTHS = {(1, 16): 0.4, (16, 1): 0.6}  # chunks of a session, sessions in a batch of one process: share
 LATE_LENGTHS = {(1, 16): 0.4, (4, 4): 0.05, (8, 2): 0.1, (16, 1): 0.2, (28, 1): 0.25}  # from STEADY on
 JUMPS, FAR = (0.0, 0.6), 16  # share of sessions of FAR chunks and more that jump: while steady, then
-SHUTTLES = (0.5, 0.3)  # share of sessions that walk back and forth: while steady, then
+SHUTTLES = 0.6  # share of sessions that go back and forth
 WEIGHTS = (1.0, 0.4)  # of the loss of attention: while steady, then
 MORE = (3.0, 2.0)  # how much more a column that enters counts in the flow's loss: while steady, then
 USES = (1, 2)  # of a batch; from the second on, its context holds what the model made (error recycling)
@@ -145,7 +145,7 @@ def train_lookup(
         lengths = LATE_LENGTHS if late else EARLY_LENGTHS
         chunks, size = list(lengths)[common.choice(len(lengths), p=list(lengths.values()))]
         jumps = JUMPS[late] if chunks >= FAR else 0.0
-        batch = source.draw(size, chunks, draw, shuttles=SHUTTLES[late], jumps=jumps).on(device)
+        batch = source.draw(size, chunks, draw, shuttles=SHUTTLES, jumps=jumps).on(device)
         made = None
         for _ in range(USES[late]):
             context = corrupt(batch.latents, made, draw)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cfengine.config import EngineConfig, MemoryConfig, ModelConfig, VideoConfig
-from cfengine.training import lookup
+from cfengine.training import data, lookup
 from cfengine.training.data import COLUMNS, VIEW, Batch, Strips, draw_batch, latent_yaws, shuttle
 from cfengine.training.forward import Pages
 from cfengine.training.seen import seen_columns, shown_columns
@@ -129,6 +129,19 @@ def test_a_shuttle_stays_near_and_turns() -> None:
         places = np.cumsum(rates) // 24
         assert len(rates) == 28 and set(rates) <= {-24, 0, 24}
         assert places.max() - min(0, places.min()) <= 9 and -24 in rates and 24 in rates
+
+
+def test_a_ratchet_turns_back_and_gets_ahead() -> None:
+    """Never back by more than three chunks, and often where it was never before, right after it came back."""
+    draw, gained = np.random.default_rng(1), []
+    for _ in range(50):
+        rates = data.ratchet(28, draw)
+        assert len(rates) == 28 and set(rates) <= {-24, 0, 24} and set(data.back_and_forth(28, draw)) <= {-24, 0, 24}
+        places = np.cumsum(rates) // 24 * np.sign(rates[0])
+        ahead = np.maximum.accumulate(places)
+        assert (ahead - places).max() <= 3
+        gained.append(((np.diff(ahead) > 0) & (np.minimum.accumulate(places - ahead)[:-1] < 0)).sum())
+    assert min(gained) >= 2 and np.mean(gained) > 6
 
 
 def test_the_stage_goes_on_where_it_stopped(tmp_path) -> None:
