@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from cfengine import Engine
 from cfengine.bench.records import record, write
 from cfengine.errors import CFEngineError
 from cfengine.training import measure, world
-from cfengine.training.data import camera_script
+from cfengine.training.data import camera_script, ratchet
 
 CHUNK_SECONDS = world.CHUNK_VIDEO_FRAMES / world.FPS
 GOALS = {  # name: (unit, goal, True where less is better)
@@ -45,6 +46,7 @@ OTHERS = {
     "neighbours_alike": "share",  # of scenes one in 20
 }
 PALETTE_LIMIT = 12.0  # mean levels that sky or ground may be off; neighbouring looks differ by 40 and more
+CAMERAS = {"script": camera_script, "ratchet": ratchet}
 PRIMED_CHUNKS, PRIMED_MORE = 4, 8
 
 
@@ -96,12 +98,22 @@ def alike(views: list[list[measure.Seen]], yaws: np.ndarray) -> tuple[int, int]:
     return sum(places.values()), len(places)
 
 
-def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list], effort: int = 0) -> None:
-    """Stream from the prompt alone and collect what every chunk shows; effort: see `Session.effort`."""
+class How(NamedTuple):
+    """How sessions are streamed: with which `Session.effort`, and how the camera of those from a prompt alone moves."""
+
+    effort: int = 0
+    camera: str = "script"
+
+
+USUAL = How()
+
+
+def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list], how: How) -> None:
+    """Stream from the prompt alone and collect what every chunk shows."""
     draw = np.random.default_rng([seed, 1])
-    look, rates = world.random_look(draw), camera_script(chunks, draw)
+    look, rates = world.random_look(draw), CAMERAS[how.camera](chunks, draw)
     with engine.session(world.prompt_for(int(rates[0]), look), seed=seed) as session:
-        session.effort = effort
+        session.effort = how.effort
         video = stream(session, rates, look)
     ends = world.FIRST_CHUNK_VIDEO_FRAMES - 1 + world.CHUNK_VIDEO_FRAMES * np.arange(chunks)
     views = [measure.landmarks_in(video[end], look) for end in ends]
@@ -130,7 +142,7 @@ def measure_free(engine: Engine, seed: int, chunks: int, totals: dict[str, list]
     totals["sharp_late"].append((measure.gradient_energy(video[late]), measure.gradient_energy(again[late])))
 
 
-def measure_primed(engine: Engine, seed: int, totals: dict[str, list], effort: int = 0) -> None:
+def measure_primed(engine: Engine, seed: int, totals: dict[str, list], how: How) -> None:
     """Continue a true video and look for the landmarks that were whole at its end and must still be in view."""
     draw = np.random.default_rng([seed, 2])
     scene = world.random_scene(draw)
@@ -140,7 +152,7 @@ def measure_primed(engine: Engine, seed: int, totals: dict[str, list], effort: i
     primed = world.FIRST_CHUNK_VIDEO_FRAMES + world.CHUNK_VIDEO_FRAMES * (PRIMED_CHUNKS - 1)
     latents = engine.codec.encoder().encode(world.render(scene, yaws[:primed]))
     with engine.session(world.prompt_for(before, scene.look), seed=seed, latents=latents) as session:
-        session.effort = effort
+        session.effort = how.effort
         video = stream(session, rates[PRIMED_CHUNKS:], scene.look)
     known = [
         measure.Seen(centre, mark.shape, mark.colour, 1.0)
@@ -167,25 +179,25 @@ def effective(kinds: list[str]) -> float:
 
 
 def collect(
-    engine: Engine, seeds: Iterable[int], seconds: float, say=lambda text: None, effort: int = 0
+    engine: Engine, seeds: Iterable[int], seconds: float, say=lambda text: None, how: How = USUAL
 ) -> dict[str, list]:
     """Everything that is counted over `seeds`: name -> one entry a view, chunk or session."""
     totals: dict[str, list] = defaultdict(list)
     chunks = max(3, round(seconds / CHUNK_SECONDS))
     with torch.inference_mode():
         for seed in seeds:
-            measure_free(engine, seed, chunks, totals, effort)
-            measure_primed(engine, seed, totals, effort)
+            measure_free(engine, seed, chunks, totals, how)
+            measure_primed(engine, seed, totals, how)
             shares = {name: share(totals[name]) for name in ("landmarks", "primed", "sharp")}
             words = ", ".join(f"{name} {value:.3f}" for name, value in shares.items())
             say(f"seed {seed}: so far pans {np.mean(totals['pan'] or [1]):.3f}, {words}")
     return dict(totals)
 
 
-def collect_alone(seeds: list[int], seconds: float, model: str, effort: int) -> dict[str, list]:
+def collect_alone(seeds: list[int], seconds: float, model: str, how: How) -> dict[str, list]:
     """`collect` in a process of one thread with its own engine."""
     with Engine.from_pretrained(model, threads=1) as engine:
-        return collect(engine, seeds, seconds, say, effort)
+        return collect(engine, seeds, seconds, say, how)
 
 
 def say(text: str) -> None:
@@ -244,10 +256,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--effort", type=int, default=0, help="level of effort of every chunk; default: 0, full")
+    parser.add_argument(
+        "--camera",
+        choices=list(CAMERAS),
+        default="script",
+        help="of sessions from a prompt alone: a random script, or on and back and on again; default: %(default)s",
+    )
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+    how = How(options.effort, options.camera)
     try:
         with Engine.from_pretrained(options.model, threads=1) as engine, engine.session("hold") as session:
             session.effort = options.effort  # a name or a level that is none is said here, and not by every process
@@ -256,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         parts = [seeds[i :: options.processes] for i in range(options.processes)]
-        alone = partial(collect_alone, seconds=options.seconds, model=options.model, effort=options.effort)
+        alone = partial(collect_alone, seconds=options.seconds, model=options.model, how=how)
         done = list(pool.map(alone, parts))
     names = {name for part in done for name in part}
     values = summary({name: [entry for part in done for entry in part.get(name, [])] for name in names})
@@ -264,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"{name:32s} {value:8.3f}\n")
     if options.json:
         config = {"model": options.model, "seeds": options.seeds, "seconds": options.seconds}
-        config["effort"] = options.effort
+        config |= how._asdict()
         write(options.json, records(values, config))
     problems = missed(values)
     for sentence in problems:

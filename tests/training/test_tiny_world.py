@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,22 @@ def test_a_frozen_video_would_fail() -> None:
     assert bench.follow(seen, [measure.Seen(32.0, "ball", "red", 0.5)], 16) == (0, 1)
     assert bench.follow(seen, [], 16) == (0, 1)
     assert bench.follow(seen, [], 48) == (0, 0)
+
+
+def test_the_camera_is_the_one_that_is_asked_for(monkeypatch) -> None:
+    streamed = []
+
+    def stop(session, rates, look) -> None:
+        streamed.append(rates)
+        raise InterruptedError
+
+    monkeypatch.setattr(bench, "stream", stop)
+    for camera in ("script", "ratchet"):
+        with pytest.raises(InterruptedError):
+            bench.measure_free(MagicMock(), 3, 28, {}, bench.How(camera=camera))
+    script, ratchet = streamed
+    assert len(script) == len(ratchet) == 28 and (script != ratchet).any()
+    assert {-24, 24} <= set(ratchet) <= {-24, 0, 24}
 
 
 def test_how_many_kinds_there_are() -> None:
