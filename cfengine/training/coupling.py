@@ -35,7 +35,7 @@ from cfengine.training.data import COLUMNS, VIEW, Batch, landmarks_of
 
 COUPLED = 0.9  # noise level from which noise says what is new
 SHAPES, COLOURS = len(world.SHAPES), len(world.COLOURS)
-NEW = 15.0  # how much more a column counts in a loss that is new where a camera goes on, and that noise says
+NEW = 15.0  # extra weight of a column that enters unseen, in losses where noise says what it is
 NUMBERS = 1 + SHAPES + COLOURS  # channels of the noise that say what begins at a column
 OUTSIDE = 3  # columns outside a view at which a landmark that reaches into it may begin
 NEAR = 4  # columns on each side in which one number of a view without a past is the largest

@@ -18,8 +18,8 @@ colours pale. Where the renderer knows what the context shows already, every pas
 no matter of taste, and the judges' noise alone would blur it.
 
 Where noise says what is new (see `cfengine.training.coupling`), passes of so much noise have nothing to choose: they
-are held to what the teacher reads in the student's own noise and context. Judges are asked about the passes that
-follow, and only where noise knows nothing.
+are held to what the teacher reads in the student's own noise and context, and near the truth to the truth. Judges are
+asked about the passes that follow, and only where noise knows nothing; no guidance of theirs reaches the others.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def student_step(settings: Settings) -> Cost:
     work = Distillation(teacher, config, student)
     chunks = student.long[-1]
     batch = batch_of(config, student.sessions(chunks), chunks, settings.worded)
-    graded, draw = 0, np.random.default_rng(0)  # the pass that costs most
+    graded, draw = 0, np.random.default_rng(0)  # the pass that costs most, where judges are asked about it
     with FlopCounterMode(display=False) as counter:
         work.step(batch, batch.latents, graded, draw, anchored=student.alone < 1)
     return _cost("student", batch, config, [work.student, work.critic], [teacher], counter.get_total_flops())

@@ -156,10 +156,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, pages: Pages, watch: Watch 
     streams, T, head_dim = q.shape[2:]
     far = (q.flatten(2, 3) @ pages.keys.transpose(-1, -2)).masked_fill(pages.hidden, -math.inf)
     near = (q @ k.transpose(-1, -2)).flatten(2, 3)
-    weight = torch.softmax(torch.cat([far, near], dim=-1) * head_dim**-0.5, dim=-1).to(v.dtype)
-    far, near = weight.split([far.shape[-1], T], dim=-1)
+    scores = torch.cat([far, near], dim=-1) * head_dim**-0.5
+    weight = torch.softmax(scores if watch is None else scores.float(), dim=-1)
     if watch is not None:
-        watch(far.unflatten(2, (streams, T)), pages)
+        watch(weight[..., : far.shape[-1]].unflatten(2, (streams, T)), pages)
+    far, near = weight.to(v.dtype).split([far.shape[-1], T], dim=-1)
     return (far @ pages.values).unflatten(2, (streams, T)) + near.unflatten(2, (streams, T)) @ v
 
 
@@ -268,7 +269,7 @@ def flow_from(
     """Predict the flow of noisy chunks under a context.
 
     noisy: (K, B, C, c, channels, h, w)      timestep: (K, B, C), 0 .. 1000      -> as noisy, float32
-    watch(block, attention (B C, heads, K, T, L), pages) sees how every block attends to its page tokens
+    watch(block, attention (B C, heads, K, T, L) in float32, pages) sees how every block attends to its page tokens
     """
     config = model.config
     grid = (noisy.shape[-2] // config.patch[1], noisy.shape[-1] // config.patch[2])

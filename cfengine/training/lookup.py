@@ -12,6 +12,7 @@ All else is flow matching as before, with the columns that enter counting more. 
 `cfengine.training.coupling`), those that are new count most: they are few, and flow matching alone learned to read
 noise in first chunks only, where everything is new. What was not read was drawn like something seen. A part of the
 batches are first chunks still.
+
 Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as
 any, which some sessions show by a jump after their first chunk (`jumps`).
 """
@@ -40,7 +41,7 @@ from cfengine.training.settings import Descent
 from cfengine.training.state import Progress, World
 
 BLOCKS, HEADS = (2, 3, 4), 3  # where attention is taught: the first heads of these blocks
-HIGH = (1.0, 0.94, 0.94, 0.85)  # noise levels of one of the copies: what is new is decided there
+HIGH = (1.0, 1.0, 0.94, 0.85)  # noise levels of one of the copies: noise says what is new, and little is settled
 WARM = 60  # steps until the learning rate is full
 STEADY = 0.65  # share of the steps at the full learning rate; it then falls to zero
 EARLY_LENGTHS = {(1, 16): 0.4, (16, 1): 0.6}  # chunks of a session, sessions in a batch of one process: share
@@ -65,7 +66,7 @@ class Lookup(NamedTuple):
 
     def loss(self, weight: Tensor, pages: Pages) -> Tensor:
         """-log(attention on the page tokens that show the same place, or on no page where none does), mean over tokens
-        that return or are new.
+        that return, or that no page shows.
 
         weight: (B C, heads, K, T, L), attention of noisy chunks on page tokens
         """
@@ -80,7 +81,7 @@ class Lookup(NamedTuple):
         same &= row.repeat(c)[:, None] == row.repeat(pages.ids.shape[2])
         taught = self.returning.flatten(0, 1)[:, :, None].expand(-1, -1, self.rows, -1).flatten(1).bool()
         taught = torch.where(found, taught, there.any(-1))[:, None, None]
-        weight, found = weight.float(), found[:, None, None]
+        found = found[:, None, None]
         right = torch.where(found, (weight * same[:, None, None]).sum(-1), 1 - weight.sum(-1))  # (B C, heads, K, T)
         loss = -(right.clamp(min=0) + 1e-4).log() * taught
         return loss.sum() / taught.expand_as(right).sum().clamp(min=1)

@@ -116,10 +116,20 @@ def begin(run: Run, parts: tuple[str, ...]) -> None:
 def agree(run: Run, teacher: Path) -> None:
     """ConfigError where a teacher's folder says that its model is another, or that it reads another noise."""
     path, own = teacher / "settings.json", run.settings
-    known = json.loads(path.read_text()) if path.exists() else {}
-    asked = {"preset": own.preset, "model": own.model, "data": {"coupled": own.data.coupled}}
-    for name, before, now in changed(known, json.loads(json.dumps(asked))):
-        raise ConfigError(f"the teacher in {teacher} was made with {name} {before}, and a student is asked for {now}")
+    try:
+        known = json.loads(path.read_text()) if path.exists() else None
+    except (OSError, json.JSONDecodeError) as problem:
+        raise ConfigError(
+            f"{path} cannot be read ({problem}); give a folder that `teacher` or `export` made"
+        ) from problem
+    if known is None:
+        return
+    asked = {"preset": own.preset, "model": json.loads(json.dumps(own.model)), "data.coupled": own.data.coupled}
+    coupled = known.get("data", {}).get("coupled", False)  # the key is younger than some teachers
+    made = {"preset": known.get("preset"), "model": known.get("model"), "data.coupled": coupled}
+    for name, now in asked.items():
+        if made[name] != now:
+            raise ConfigError(f"the teacher in {teacher} was made with {name} {made[name]}, and a student with {now}")
 
 
 def source_of(run: Run, teacher: Path) -> Source:
@@ -226,12 +236,12 @@ def train_teacher(run: Run) -> Path:
 
 def train_student(run: Run, teacher: Path | None = None) -> Path:
     """Distil the teacher of a folder (default: of this one); the folder of weights that an engine opens."""
-    begin(run, STUDENT)
     teacher, settings = teacher or run.out, run.settings.student
     missing = teacher_state(teacher, run.settings)
     if not missing.exists():
         raise ConfigError(f"the teacher {missing} does not exist; train it first, or name its folder (--teacher)")
     agree(run, teacher)
+    begin(run, STUDENT)
     for chunks in (*settings.short, *settings.long):
         settings.check_batch("student", settings.sessions(chunks), run.processes)
     if rank() == 0:

@@ -16,8 +16,9 @@ LAYER = 3  # whose pages are asked; each layer chooses its own, nearly the same
 class Columns(NamedTuple):
     """What chunks show, (B, C, c, VIEW) each.
 
-    column: of the world      entering: 1 where the chunk before, if there is one, did not show it
-    returning: 1 where one before that did
+    column: of the world
+    entering: 1 where the chunk before did not show it; 0 in a first chunk
+    returning: of those, 1 where a chunk before that did
     """
 
     column: Tensor

@@ -150,7 +150,7 @@ class Student(Descent):
     guidance: float = 0.0  # how far the teacher is guided away from what it makes without a prompt
     critic_steps: int = 5  # for each of the student's, with its sample
     critic_pace: float = 2.0  # learning rate of the critic over that of the student
-    anchor: float = 1.0  # weight of redrawing the truth from the last noise level, which keeps colours and copies exact
+    anchor: float = 1.0  # weight of redrawing the truth, which keeps colours and copies exact, and of reading as taught
     alone: float = 0.5  # share of batches whose contexts are the student's own rollouts; the others stay near the truth
     given: float = 0.5  # share of rollouts that go on from true chunks, up to half of them
     turns: int = 4  # steps with one batch

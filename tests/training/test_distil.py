@@ -182,6 +182,15 @@ def test_passes_that_read_noise_keep_to_the_teacher() -> None:
         if reads:  # a flow that is lower by 1 is off by the noise level
             assert made.measures["drift"] == pytest.approx(work.levels[place].item() ** 2, rel=0.02)  # bfloat16
             assert (bias > before).all(), "up again"
+    # In a view that moves, what enters unseen counts 16 times. The flow is lower by 1 everywhere; of the 72
+    # columns of two chunks 3 + 2 + 1 in each are new to it, but for the first of the three chunks.
+    work = distil.Distillation(teacher, config, Student(window=2))
+    work.student.world.load_state_dict(lowered(teacher, 1).state_dict())
+    yaws = torch.arange(9).view(1, 3, 3).expand(2, -1, -1)
+    moving = Batch(torch.randn(2, 3, 3, 16, 8, 12), torch.randint(12, (2, 3, 4)), yaws, marks)
+    for seed in range(4):
+        made = work.step(moving, moving.latents, 0, np.random.default_rng(seed), anchored=False)
+        assert min(abs(72 * made.measures["drift"] - 72 - 15 * seen) for seen in (6, 12)) < 2  # bfloat16
     free = distil.Distillation(teacher, config, Student())
     made = free.step(given._replace(landmarks=None), given.latents, 0, np.random.default_rng(0), anchored=False)
     assert set(made.measures) == {"gradient", "critic"}, "noise that says nothing leaves a choice"

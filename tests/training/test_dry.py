@@ -21,7 +21,7 @@ def test_sizes_of_a_small_world() -> None:
     assert teacher.weights == teacher.gradients == teacher.averages == 4 * teacher.parameters
     # Muon keeps one number a weight of a matrix, AdamW two and a step of 4 bytes a tensor
     assert 4 * teacher.parameters < teacher.optimiser < 8 * teacher.parameters
-    assert (student.networks, student.weights) == (4, 16 * student.parameters)
+    assert (student.networks, student.weights) == (3, 12 * student.parameters)
     assert student.gradients == student.averages == 8 * student.parameters
     # forward and backward of what is at least 2 products a weight of a block, for clean and two noisy streams
     blocks = 2 * (8 * 24 * 24 + 2 * 24 * 48)

@@ -107,7 +107,8 @@ def test_teacher_student_and_evaluation_run_once_and_are_skipped_the_next_time(t
         assert sentence in capsys.readouterr().err
     plain = [*given[:2], "--out", str(tmp_path / "plain"), "--processes", "1", "--set", "data.coupled=false"]
     assert main(["student", *plain, "--teacher", str(tmp_path / "teacher")]) == 2
-    assert "was made with data.coupled True, and a student is asked for False" in capsys.readouterr().err
+    assert "was made with data.coupled True, and a student with False" in capsys.readouterr().err
+    assert not (tmp_path / "plain").exists()
     assert main([*again, "--set", "data.scenes=3"]) == 2
     assert "was begun with data.scenes 2" in capsys.readouterr().err
     capsys.readouterr()
