@@ -85,10 +85,9 @@ def follow(seen: list[measure.Seen], after: list[measure.Seen], shift: float) ->
 
 
 def alike(views: list[list[measure.Seen]], yaws: np.ndarray) -> tuple[int, int]:
-    """(alike, pairs): neighbours that were whole in one view, each place of two latent columns counted once, and those
-    of one shape and colour.
+    """(alike, pairs): pairs of next landmarks that were whole in one view, and those of one shape and colour.
 
-    yaws: of the views, in pixels
+    Each place of two latent columns counts once, and after a full turn as another. yaws: of the views, in pixels
     """
     places = {}
     for view, yaw in zip(views, yaws, strict=True):

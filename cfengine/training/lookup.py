@@ -10,8 +10,7 @@ which adds up to one, always finds something: where no page shows a place, those
 
 All else is flow matching as before, with the columns that enter counting more. Where noise says what is new (see
 `cfengine.training.coupling`), those that are new count most: they are few, and flow matching alone learned to read
-noise in first chunks only, where everything is new. What was not read was drawn like something seen. A part of the
-batches are first chunks still.
+little noise but that of first chunks, where everything is new. A part of the batches are first chunks still.
 
 Sessions of training end when slow memory is just full. In one that goes on the sink comes from a place as far away as
 any, which some sessions show by a jump after their first chunk (`jumps`).

@@ -28,6 +28,7 @@ class Seen(NamedTuple):
 
     @property
     def whole(self) -> bool:
+        """Whether it fits as well as what the codec reconstructs."""
         return self.fit >= FIT
 
 

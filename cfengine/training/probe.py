@@ -74,7 +74,10 @@ def entering_landmarks(batch: Batch, new: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reading(of: World, config: EngineConfig, strips: Strips, sessions: int = 24, chunks: int = 8) -> Reading:
-    """Denoise the truth of sessions once, from the sampler's last level at which noise is coupled."""
+    """Denoise the truth of sessions of `chunks` chunks once, from the sampler's last level at which noise is coupled.
+
+    The scenes are those of the training, as in `probe`; strips must know their landmarks.
+    """
     batch = strips.draw(sessions, chunks, np.random.default_rng(8))
     torch.manual_seed(0)
     levels = sampler_sigmas(config.sampler)

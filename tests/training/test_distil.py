@@ -81,16 +81,20 @@ def test_where_a_sample_is_told_to_go(contexts, critic: float, blind: float, sig
         assert gradient.abs().max() <= (2**-6 if critic else 0)
 
 
-def test_what_a_context_shows() -> None:
+def test_what_the_context_shows() -> None:
     """A view of columns 0 to 16, then 20 to 33, then 4 to 17: of the last, 17 is new, and was in neither."""
     given = batch()
     yaws = torch.tensor([[[0, 2, 5], [20, 21, 22], [4, 5, 6]]] * 2)
     own = distil.context_of(world(0), CONFIG, given.latents, given.prompts)
-    shown = shown_in(own, yaws, 0)
+    shown = shown_in(own, yaws)
     assert shown[0].sum((1, 2)).tolist() == [0, 0, 35]
     assert shown[0, 2].min(-1).values.tolist() == [1, 1, 0]  # column 17 stands at the edge of the last frame
-    assert torch.equal(shown_in(window(own, 2, 1), yaws, 2), shown[:, 2:])
-    assert shown_in(own, None, 0) is None
+    held = torch.tensor([[[0, 0, 0], [1, 1, 1], [2, 2, 2]]] * 2)  # nearly all was in the chunk before
+    assert shown_in(own, held)[0, 1].sum() == 33
+    part = shown_in(window(own, 2, 1), yaws, 2)
+    assert part[0].sum() == 35 and part.shape == (2, 1, 3, 12)
+    assert torch.equal(shown_in(window(own, 1, 1), yaws, 1), shown[:, 1:2])
+    assert shown_in(own, None) is None
 
 
 def test_only_the_last_pass_of_a_sample_carries_the_gradient(contexts, monkeypatch) -> None:
@@ -139,7 +143,7 @@ def test_what_the_context_shows_is_held_to_the_truth() -> None:
         yaws = (move * torch.arange(3)).view(1, 3, 1).expand(1, 3, 3)
         given = Batch(torch.randn(shape), prompts, yaws)
         own, *_ = work.contexts(given.latents, prompts)
-        shown = shown_in(own, yaws, 0)
+        shown = shown_in(own, yaws)
         assert shown[0, 0].sum() == 0 and (shown[0, 1:].mean() == 1) == known
         assert work.step(given, given.latents, 3, np.random.default_rng(0), anchored=True).measures["held"] >= 0
         last, held = distil.redrawn(work.student.world, work.levels, own, given, shown, np.random.default_rng(0))

@@ -132,7 +132,9 @@ def test_a_shuttle_stays_near_and_turns() -> None:
 
 
 def test_a_ratchet_turns_back_and_gets_ahead() -> None:
-    """Never back by more than three chunks, and often where it was never before, right after it came back."""
+    """Never back by more than three chunks; a turn takes 11 chunks at most, so that within 28 it is twice where it was
+    never before, right after it came back.
+    """
     draw, gained = np.random.default_rng(1), []
     for _ in range(50):
         rates = data.ratchet(28, draw)
@@ -140,8 +142,9 @@ def test_a_ratchet_turns_back_and_gets_ahead() -> None:
         places = np.cumsum(rates) // 24 * np.sign(rates[0])
         ahead = np.maximum.accumulate(places)
         assert (ahead - places).max() <= 3
-        gained.append(((np.diff(ahead) > 0) & (np.minimum.accumulate(places - ahead)[:-1] < 0)).sum())
-    assert min(gained) >= 2 and np.mean(gained) > 6
+        back = places < ahead
+        gained.append((back[:-2] & ~back[1:-1] & (np.diff(ahead)[1:] > 0)).sum())
+    assert min(gained) >= 2
 
 
 def test_the_stage_goes_on_where_it_stopped(tmp_path) -> None:

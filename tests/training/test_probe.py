@@ -56,18 +56,18 @@ def test_which_columns_are_of_landmarks_that_enter() -> None:
 
 
 def test_what_is_read_in_noise(monkeypatch) -> None:
-    """One that knows the truth where noise says it; a new network, which sees no difference."""
+    """A new network sees no difference; what it is asked about is the same noise with and without what it says."""
     config, codec = preset("tiny-world"), TinyWorldCodec.from_file(CODEC)
     strips, of = build_strips(codec, 6, 0), World(preset("tiny-world").model).requires_grad_(False)
     said, unsaid = probe.reading(of, config, strips, 8, 6)
     assert said > 1 and said == pytest.approx(unsaid, rel=0.1)  # ten of a column's 128 numbers are others
     noises = []
 
-    def knowing(world, context, noisy, level):
+    def watched(world, context, noisy, level):
         noises.append(noisy)  # nothing else, at the level of 1
         return torch.zeros_like(noisy)
 
-    monkeypatch.setattr(probe, "guess", knowing)
+    monkeypatch.setattr(probe, "guess", watched)
     probe.reading(of, config, strips, 8, 6)
     said, unsaid = noises
     others = (said != unsaid).flatten(0, 3).any(0)  # channels, rows, columns

@@ -21,6 +21,7 @@ from cfengine.training.state import World
 pytestmark = pytest.mark.cpu
 
 MODEL = ModelConfig(patch=(1, 4, 1), dim=24, ffn_dim=48, heads=2, layers=3, text_dim=8, text_len=16, freq_dim=16)
+# polish: of a batch's two steps both may be passes that only keep what they answer, which changes nothing
 CONFIG = """
 preset = "tiny-world"
 model = {dim = 24, ffn_dim = 48, heads = 2, layers = 3, text_dim = 8, freq_dim = 16}

@@ -86,9 +86,8 @@ def test_how_many_kinds_there_are() -> None:
     assert bench.alike([marks, moved], np.asarray([0, 8])) == (1, 1), "the same two, seen again"
     assert bench.alike([marks, marks], np.asarray([0, 160])) == (2, 2), "two more of them, elsewhere"
     between = measure.Seen(48.0, "ball", "blue", 0.9)
-    assert bench.alike([[*marks, between]], here) == (0, 2) and bench.alike(
-        [[*marks, between._replace(fit=0.5)]], here
-    ) == (1, 1)
+    assert bench.alike([[*marks, between]], here) == (0, 2)
+    assert bench.alike([[*marks, between._replace(fit=0.5)]], here) == (1, 1), "neighbours are those that are whole"
     assert bench.effective([]) == 0 and bench.effective(["ball"] * 5) == 1
     assert bench.effective(["ball", "cone", "arch", "tower"] * 3) == pytest.approx(4)
     assert 1 < bench.effective(["ball"] * 9 + ["cone"]) < 1.5
